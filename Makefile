@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Pinned here, and not in the extras, so that two machines build the same environment.
+TORCH := torch==2.13.0
+
+.PHONY: run test test-full lint format bench clean
+.DEFAULT_GOAL := run
+
+run: $(VENV)/.ready  ## convert, verify and use the embedded MiniLM
+	$(BIN)/python -m converters.hf --demo
+
+test: $(VENV)/.ready  ## the whole suite, long proofs with small counts
+	$(BIN)/python -m pytest -q
+
+test-full: $(VENV)/.ready  ## the whole suite, long proofs with the stated counts
+	EQX_TRANSFORMERS_FULL=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.forward
+
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.eqx .pytest_cache .ruff_cache

@@ -1,0 +1,13 @@
+"""Checkpoints of the Hugging Face ecosystem, in and out. The one public door of this package."""
+
+from .convert import export as export, inspect as inspect, load as load
+from .errors import (
+    ConversionError as ConversionError,
+    MalformedCheckpoint as MalformedCheckpoint,
+    Mismatch as Mismatch,
+    SourceNotFound as SourceNotFound,
+    UnsafeCheckpoint as UnsafeCheckpoint,
+    UnsupportedConfig as UnsupportedConfig,
+)
+from .origin import Origin as Origin
+from .report import Report as Report

@@ -1,0 +1,367 @@
+"""Checkpoints in and out: `load`, `inspect`, `export`."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_map_with_path
+from jaxtyping import PRNGKeyArray
+
+from eqx_transformers import serialisation, tensor_file
+from eqx_transformers._files import replacing
+from eqx_transformers.skeletons import differences
+from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
+
+from . import config as configs, hub, sentence
+from .checkpoint import Checkpoint, open_directory
+from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
+from .families import FAMILIES
+from .origin import Origin
+from .plan import Plan, Request, make_plan, ties_in
+from .report import Report, expect_ok
+from .rules import Link, Tie, expand
+
+Source = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "origin.json")
+
+
+def load(
+    source: Source,
+    *,
+    head: type | None = None,
+    labels: int | Sequence[str] | None = None,
+    override: Mapping[str, Any] | None = None,
+    stacked: bool = False,
+    dtype: str = "auto",
+    strict: bool = True,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    key: PRNGKeyArray | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, Origin]:
+    """(model, origin) of a hub id, a local Hugging Face directory, or a directory in the native format.
+
+    - `head`: one of our classes in the place of the file's architecture (`Encoder`: the bare one). Its own arrays are
+      drawn from `key` and reported as new, the file's unused head as dropped.
+    - `labels`: how many, or their names; if the file's classifier has another number, its output layer is drawn anew.
+    - `override` changes facts by our names (`{"dropout": 0.0}`); `stacked` stacks the blocks.
+    - `dtype`: "auto" keeps each tensor's own; "float32", "bfloat16", "float16" cast once.
+    - `strict`: anything missing, unexpected or of another shape raises a `Mismatch` with the whole report; unknown
+      fields of config.json raise too. `allow_missing` are globs of tree paths (then drawn from `key`),
+      `allow_unexpected` globs of the checkpoint's keys.
+    - `revision`, `subfolder`, `token`, `local_files_only`: for a hub id, as in huggingface_hub.
+    - `progress(done, total)` is called with bytes.
+
+    Every loaded array has memory of its own: none aliases a file. Raises `ConversionError`s; see `converters.errors`.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConversionError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
+    directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
+    if serialisation.is_native(directory):
+        return _native(directory, head, labels, override, stacked, dtype)
+    checkpoint = open_directory(directory)
+    plan = settled(checkpoint, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected))
+    expect_ok(plan.report)
+    model = fill(plan, checkpoint, dtype, key, progress)
+    return model, _origin(source, revision, checkpoint, plan, labels)
+
+
+def inspect(
+    source: Source,
+    *,
+    head: type | None = None,
+    labels: int | Sequence[str] | None = None,
+    override: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """What `load` would do, from headers alone: nothing is raised for a report that is not clean."""
+    directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
+    if serialisation.is_native(directory):
+        raise ConversionError(f"{directory} is in the native format: it holds a model, not a checkpoint to convert.")
+    return make_plan(open_directory(directory), Request(head, labels, override)).report
+
+
+def locate(source: Source, **options: Any) -> Path:
+    """The local directory of a source: itself, or what is fetched from the hub.
+
+    Raises a `SourceNotFound` for what is neither a directory nor looks like a hub id, or is not on the hub.
+    """
+    path = Path(source)
+    subfolder = options.get("subfolder")
+    if path.is_dir():
+        inner = path / subfolder if subfolder else path
+        if not inner.is_dir():
+            raise SourceNotFound(f"{path} has no directory {subfolder!r}.")
+        return inner
+    if path.exists():
+        raise SourceNotFound(f"{path} is a file; give the directory that holds config.json and the weights.")
+    if not isinstance(source, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        raise SourceNotFound(
+            f"There is no directory {os.fspath(source)!r}, and that is not a hub id (NAME or OWNER/NAME)."
+        )
+    return hub.fetch(source, **options)
+
+
+def settled(checkpoint: Checkpoint, request: Request) -> Plan:
+    """The plan, with ties checked: where a tied config meets two different tensors, the tensors are believed."""
+    plan = make_plan(checkpoint, request)
+    unequal = [] if not plan.report.ok else [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
+    if not unequal:
+        return plan
+    if any(alias.endswith(".weight") for alias, _ in unequal):
+        plan = make_plan(checkpoint, request, untied=True)
+        unequal = [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
+    if unequal:
+        alias, owner = unequal[0]
+        raise MalformedCheckpoint(
+            f"{alias} and {owner} are two names of one tensor, but the file holds different numbers."
+        )
+    return plan
+
+
+def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    x, y = checkpoint.get(a), checkpoint.get(b)
+    return x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def fill(
+    plan: Plan, checkpoint: Checkpoint, dtype: str, key: PRNGKeyArray | None, progress: Progress | None = None
+) -> Any:
+    """The skeleton with every array read, one tensor at a time, or drawn from `key`."""
+    arrays = _drawn(plan, key, dtype)
+    total = sum(checkpoint.size(plan.names[k]) for link in plan.links for k in link.keys)
+    done = 0
+    for link in plan.links:
+        leaves = link.read(lambda k: _cast(plan.names[k], checkpoint.get(plan.names[k]), dtype))
+        arrays |= {path: jax.device_put(_owned(x)) for path, x in leaves.items()}
+        done += sum(checkpoint.size(plan.names[k]) for k in link.keys)
+        if progress is not None:
+            progress(done, total)
+    return tree_map_with_path(lambda path, leaf: arrays[spell(path)] if is_array_like(leaf) else leaf, plan.skeleton)
+
+
+def _owned(x: np.ndarray) -> np.ndarray:
+    # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive, and strides cost.
+    return x if x.base is None or x.flags.c_contiguous and x.nbytes + 64 >= _root(x).nbytes else np.array(x)
+
+
+def _root(x: np.ndarray) -> np.ndarray:
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def _cast(key: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "auto" and jnp.issubdtype(x.dtype, jnp.floating):
+        return x.astype(DTYPES[dtype], copy=False)
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise ConversionError(
+            f"{key} is {x.dtype}, which JAX would narrow to {jax.dtypes.canonicalize_dtype(x.dtype)} without a word:"
+            " ask for it with dtype='float32', or set jax_enable_x64."
+        )
+    return x
+
+
+def _drawn(plan: Plan, key: PRNGKeyArray | None, dtype: str) -> dict[str, Any]:
+    new = plan.report.new
+    if not new:
+        return {}
+    if key is None:
+        raise ConversionError(
+            f"{', '.join(new)}: not in the file, so drawn at random, which needs key=jax.random.key(…)."
+        )
+
+    @eqx.filter_jit
+    def draw(key: PRNGKeyArray) -> dict[str, Any]:  # jitted: what is not returned is never computed
+        leaves = leaves_by_path(_like(plan, plan.model_class(plan.config, key=key)))
+        return {path: leaves[path] for path in new}
+
+    drawn = draw(key)
+    return drawn if dtype == "auto" else {path: x.astype(DTYPES[dtype]) for path, x in drawn.items()}
+
+
+def _like(plan: Plan, model: Any) -> Any:
+    from eqx_transformers import stack
+    from eqx_transformers.skeletons import stacked_paths
+
+    return stack(model) if stacked_paths(plan.skeleton) else model
+
+
+def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: bool, dtype: str) -> tuple[Any, Origin]:
+    if (head, labels, override, dtype) != (None, None, None, "auto") or stacked:
+        raise ConversionError(
+            f"{directory} is in the native format and is loaded as it was saved; head, labels, override, dtype and"
+            " stacked are for checkpoints. Use Head.of(…), reconfigure(…) or stack(…) on the loaded model."
+        )
+    model, extras = serialisation.load(directory)
+    if "origin" not in extras:
+        raise ConversionError(f"{directory} was not made by a converter; eqx_transformers.load reads it.")
+    return model, Origin.from_json(extras["origin"])
+
+
+def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: Plan, labels: Any) -> Origin:
+    config = dict(checkpoint.config)
+    if labels is not None:
+        names = list(labels) if not isinstance(labels, int) else [f"LABEL_{i}" for i in range(labels)]
+        config |= {
+            "id2label": {str(i): n for i, n in enumerate(names)},
+            "label2id": {n: i for i, n in enumerate(names)},
+        }
+    return Origin(
+        source=os.fspath(source),
+        revision=revision,
+        directory=str(checkpoint.directory.absolute()),
+        family=plan.family.model_type,
+        architecture=plan.architecture,
+        config=config,
+        layout=checkpoint.layout,
+        dtypes={k: s.dtype for k, s in checkpoint.specs.items()},
+        metadata=checkpoint.metadata,
+        tied=plan.report.tied,
+        renamed=plan.report.renamed,
+        ignored=plan.report.ignored,
+        dropped=plan.report.dropped,
+        files=[name for name in hub.COMPANIONS if (checkpoint.directory / name).is_file()],
+    )
+
+
+def paths(model: Any) -> dict[str, str]:
+    """The reference library's name of every tensor of a model, and the path of our array that it is (or is made of)."""
+    return {name: link.ours[0] for name, (link, _) in _named(model).items()}
+
+
+def tensors(model: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
+    """A model's tensors as the reference library names them: shapes and dtypes, and a way to get each.
+
+    Works for anything with the model's structure, such as its gradients.
+    """
+    named, leaves = _named(model), leaves_by_path(model)
+
+    def get(name: str) -> np.ndarray:
+        link, key = named[name]
+        return np.asarray(link.write(lambda path: np.asarray(leaves[path]))[key])
+
+    return {name: _spec(link, key, leaves) for name, (link, key) in named.items()}, get
+
+
+def _named(model: Any) -> dict[str, tuple[Link, str]]:
+    """The reference's name of every tensor, with the link that writes it and the key under which it does."""
+    family = FAMILIES[model.config.family]
+    table = family.table(model.config, type(model))
+    leaves = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
+    owner = {key: (link, key) for link in expand(table, leaves) for key in link.keys}
+    owner |= {one.theirs: owner[one.to] for one in table if isinstance(one, Tie) and one.written}
+    prefix = family.prefix if family.is_bare(type(model)) else ""
+    return {key.removeprefix(prefix): owner[key] for key in sorted(owner)}
+
+
+def _spec(link: Link, key: str, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: link.write(lambda path: jnp.zeros(leaves[path].shape, leaves[path].dtype)))[key]
+
+
+def export(
+    model: Any,
+    directory: Source,
+    origin: Origin | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a Hugging Face directory that transformers 5 loads with nothing missing or unexpected.
+
+    The tensors are the model's own, bit for bit, under today's names; with an `origin`, config.json keeps the fields
+    that the file had, and tokenizer files are copied from beside it when they are still there. A model that was made
+    from scratch needs no origin. Raises a `ConversionError` that names every place in which the model is not what its
+    config builds (changed sizes, adapters that are not merged): such a file would load as something else.
+
+    A bare encoder without a pooler is loaded there with `add_pooling_layer=False`; no file can say so itself.
+    """
+    if found := differences(model):
+        raise ConversionError(
+            "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
+        )
+    specs, get = tensors(model)
+    shards = _shards(specs, _bytes(max_shard_size))
+    with replacing(directory, stale=STALE) as fresh:
+        _dump(fresh / "config.json", _config_json(model, origin, specs))
+        for name, keys in shards.items():
+            tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})
+        if len(shards) > 1:
+            total = sum(prod(s.shape) * s.dtype.itemsize for s in specs.values())
+            weight_map = {key: name for name, keys in shards.items() for key in keys}
+            _dump(fresh / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _companions(model, origin, fresh)
+
+
+def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    family = FAMILIES[model.config.family]
+    original = origin.config if origin is not None and origin.family == family.model_type else None
+    fields = configs.write(model.config, family.facts, None if original is None else configs.modern(original))
+    fields = {
+        k: v for k, v in fields.items() if original is None or k in original or configs.modern(original).get(k) != v
+    }
+    fields |= {"architectures": [family.architecture(type(model))], "model_type": family.model_type}
+    dtypes = {str(s.dtype) for s in specs.values()}
+    spelled = "torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"
+    if len(dtypes) == 1:
+        fields[spelled] = dtypes.pop()
+    if "id2label" in fields:
+        fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
+    return fields
+
+
+def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:
+    beside = Path(origin.directory) if origin is not None and origin.directory else None
+    for name in origin.files if origin is not None and beside is not None else ():
+        if (beside / name).is_file() and not (fresh / name).exists():
+            (fresh / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(beside / name, fresh / name)
+    if hasattr(model, "pooling") and not (fresh / "modules.json").exists():
+        sentence.write(fresh, model.config.embed_dim, model.config.pooling, model.config.normalize)
+
+
+def _shards(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> dict[str, list[str]]:
+    """Keys in order, a new file whenever the next tensor would pass the limit."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for key, spec in specs.items():
+        more = prod(spec.shape) * spec.dtype.itemsize
+        if groups[-1] and size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(key)
+        size += more
+    if len(groups) == 1:
+        return {hub.WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B", size)
+    if match is None:
+        raise ConversionError(f"max_shard_size = {size!r}: expected a number of bytes, or such as '500MB'.")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,5 @@
+"""The families that are converted: one literal dictionary, by the word for each in config.json."""
+
+from . import bert, roberta
+
+FAMILIES = {family.model_type: family for family in (bert.FAMILY, roberta.FAMILY, roberta.XLM)}

@@ -1,0 +1,179 @@
+"""What BERT, RoBERTa and XLM-R files have in common."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from eqx_transformers import Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
+
+from ..config import Fact, choice, fact, flag, number, optional, whole
+from ..rules import Ignore, Rule, Table, Tie, affine, rule
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+# Fields whose other values would ask for another function than ours; the first is what an absent field means.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "position_embedding_type": ("absolute",),
+    "pruned_heads": ({}, []),
+    "tie_encoder_decoder": (False,),
+}
+
+# Fields that do not change what the network computes from its inputs.
+IRRELEVANT = frozenset(
+    "architectures model_type transformers_version dtype torch_dtype _name_or_path use_cache gradient_checkpointing"
+    " bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id tokenizer_class prefix"
+    " id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params language"
+    " output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 chunk_size_feed_forward"
+    " attn_implementation _attn_implementation _attn_implementation_autoset xla_device directionality"
+    " pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
+    " max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p"
+    " typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids"
+    " num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id"
+    " remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens"
+    " tf_legacy_loss use_flash_attn".split()
+)
+
+
+def labels(default: int = 2) -> Fact:
+    """The number of labels is the length of the names' dictionary; the names themselves stay in the origin."""
+
+    def read(value: Any) -> int:
+        if not isinstance(value, Mapping) or not value:
+            raise ValueError("expected a dictionary of label names")
+        return len(value)
+
+    return Fact("id2label", "labels", read, label_names, label_names(default))
+
+
+def label_names(count: int) -> dict[str, str]:
+    return {str(i): f"LABEL_{i}" for i in range(count)}
+
+
+def facts(**defaults: Any) -> tuple[Fact, ...]:
+    """The fields of a BERT-like config.json. `defaults` are the reference's own where families differ."""
+    return (
+        fact("vocab_size", "vocab_size", whole, defaults["vocab_size"]),
+        fact("hidden_size", "embed_dim", whole, 768),
+        fact("num_hidden_layers", "num_layers", whole, 12),
+        fact("num_attention_heads", "num_heads", whole, 12),
+        fact("intermediate_size", "mlp_dim", whole, 3072),
+        fact("max_position_embeddings", "max_positions", whole, 512),
+        fact("type_vocab_size", "token_types", whole, 2),
+        fact("layer_norm_eps", "norm_eps", number, 1e-12),
+        choice("hidden_act", "activation", ACTIVATIONS, "gelu"),
+        fact("pad_token_id", "padding_id", optional(whole), defaults["padding_id"]),
+        fact("hidden_dropout_prob", "dropout", number, 0.1),
+        fact("attention_probs_dropout_prob", "attention_dropout", number, 0.1),
+        fact("classifier_dropout", "classifier_dropout", optional(number), None),
+        fact("initializer_range", "init_std", number, 0.02),
+        fact("tie_word_embeddings", "tied", flag, True),
+        labels(),
+    )
+
+
+def ours(model_class: type) -> str:
+    """What stands before the encoder's paths in this class of ours."""
+    return "" if model_class is Encoder else "backbone."
+
+
+def encoder_table(prefix: str, model_class: type, config: EncoderConfig) -> Table:
+    """The encoder itself, and the pooler where the config has one."""
+    layer, block = f"{prefix}encoder.layer.{{i}}", f"{ours(model_class)}stack.blocks.{{i}}"
+    inside, embedding = f"{prefix}embeddings", f"{ours(model_class)}embedding"
+    pooler = affine(f"{prefix}pooler.dense", f"{ours(model_class)}pooler.dense") if config.pooler else ()
+    return (
+        rule(f"{inside}.word_embeddings.weight", f"{embedding}.tokens.weight"),
+        rule(f"{inside}.position_embeddings.weight", f"{embedding}.positions.weight"),
+        rule(f"{inside}.token_type_embeddings.weight", f"{embedding}.token_types.weight"),
+        *affine(f"{inside}.LayerNorm", f"{embedding}.norm"),
+        *affine(f"{layer}.attention.self.query", f"{block}.attention.query_proj"),
+        *affine(f"{layer}.attention.self.key", f"{block}.attention.key_proj"),
+        *affine(f"{layer}.attention.self.value", f"{block}.attention.value_proj"),
+        *affine(f"{layer}.attention.output.dense", f"{block}.attention.output_proj"),
+        *affine(f"{layer}.attention.output.LayerNorm", f"{block}.attention_norm"),
+        *affine(f"{layer}.intermediate.dense", f"{block}.mlp.up_proj"),
+        *affine(f"{layer}.output.dense", f"{block}.mlp.down_proj"),
+        *affine(f"{layer}.output.LayerNorm", f"{block}.mlp_norm"),
+        *pooler,
+        Ignore(f"{inside}.position_ids", "a counter 0, 1, 2, …: positions are computed"),
+        Ignore(f"{inside}.token_type_ids", "a buffer of zeros: token types are an input"),
+        Ignore(f"{prefix}pooler.*", "the pooler: this head does not read it", parameter=True),
+    )
+
+
+def output_table(config: EncoderConfig, prefix: str, head: str) -> Table:
+    """The masked-LM head's last step: the decoder, tied to the token embedding or its own, and its bias.
+
+    The reference lists the bias twice (`HEAD.bias` and `HEAD.decoder.bias`). Tied, it computes with the first and
+    files have only that; untied, it computes with the second and files have both.
+    """
+    tokens = f"{prefix}embeddings.word_embeddings.weight"
+    if config.tied:
+        return (
+            rule(f"{head}.bias", "head.bias"),
+            Tie(f"{head}.decoder.weight", tokens),
+            Tie(f"{head}.decoder.bias", f"{head}.bias"),
+        )
+    spare: tuple[Rule | Tie, ...] = (Tie(f"{head}.bias", f"{head}.decoder.bias", written=True),)
+    if config.spare_bias:
+        spare = (rule(f"{head}.bias", "head.spare_bias"),)
+    return (
+        rule(f"{head}.decoder.weight", "head.decoder.weight"),
+        rule(f"{head}.decoder.bias", "head.bias"),
+        *spare,
+    )
+
+
+def observe(prefix: str, head: str) -> Any:
+    """What only the tensors decide: whether there is a pooler, and a second output bias."""
+
+    def observed(
+        config: EncoderConfig, model_class: type, keys: frozenset[str], fields: Mapping[str, Any]
+    ) -> EncoderConfig:
+        pooler = any(key.startswith(f"{prefix}pooler.") for key in keys)
+        if model_class in (MaskedLM, SequenceClassifier):
+            pooler = model_class is SequenceClassifier and config.classifier == "pooler"
+        # transformers 4 shared the two biases and saved one; from 5 on an untied file must have both.
+        old = str(fields.get("transformers_version", "4")).startswith(("2", "3", "4"))
+        spare = (
+            not config.tied
+            and model_class is MaskedLM
+            and (not old or {f"{head}.bias", f"{head}.decoder.bias"} <= keys)
+        )
+        return replace(config, pooler=pooler, spare_bias=spare)
+
+    return observed
+
+
+def probes(prefix: str, head: Mapping[type, tuple[tuple[str, str], ...]]) -> Any:
+    def listed(model_class: type) -> tuple[tuple[str, str], ...]:
+        before = "" if model_class in (Encoder, SentenceEmbedder) else prefix
+        block, layer = f"{ours(model_class)}stack.blocks.{{i}}", f"{before}encoder.layer.{{i}}"
+        return (
+            (f"{ours(model_class)}embedding", f"{before}embeddings"),
+            (f"{block}.attention.query_proj", f"{layer}.attention.self.query"),
+            (f"{block}.attention.key_proj", f"{layer}.attention.self.key"),
+            (f"{block}.attention.value_proj", f"{layer}.attention.self.value"),
+            (f"{block}.attention.output_proj", f"{layer}.attention.output.dense"),
+            (f"{block}.attention_norm", f"{layer}.attention.output"),
+            (f"{block}.mlp.up_proj", f"{layer}.intermediate.dense"),
+            (f"{block}.mlp", f"{layer}.output.dense"),
+            (f"{block}.mlp_norm", f"{layer}.output"),
+            *head.get(model_class, ()),
+        )
+
+    return listed

@@ -1,0 +1,70 @@
+"""Directories that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str], *, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its place when the block ends without an error.
+
+    Files of an earlier model there that were not written anew stay, but for those that match the globs `stale`.
+    Until the last rename the old directory is whole. Raises a `FileExistsError` when `directory` is a file, or holds
+    something that is not a model (a directory without `config.json`): nobody's data is swept away by a wrong path.
+    """
+    target = Path(directory).absolute()
+    _expect_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield fresh
+        if target.is_dir():
+            _keep_the_rest(target, fresh, tuple(stale))
+        os.chmod(fresh, 0o777 & ~_umask())
+        _swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _expect_replaceable(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; a model is written as a directory. Choose another name.")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in target.iterdir())[:4])
+        raise FileExistsError(
+            f"{target} exists and is not a model directory (it has no config.json; it has {found}, …)."
+            " Choose a new or empty directory."
+        )
+
+
+def _keep_the_rest(old: Path, fresh: Path, stale: tuple[str, ...]) -> None:
+    for path in old.iterdir():
+        if not (fresh / path.name).exists() and not any(path.match(glob) for glob in stale):
+            if path.is_dir():
+                shutil.copytree(path, fresh / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        return os.rename(fresh, target)
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.rename(target, old / target.name)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(old / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,33 @@
+"""Activations as named functions: one object a name, so that equal models compare equal and `tree_at` can swap them."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    r"""$x \cdot \Phi(x)$ with the exact normal distribution function (erf). Source: Hendrycks & Gimpel 2016, arXiv:1606.08415."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    r"""The tanh approximation of `gelu`: $x/2 \cdot (1 + \tanh(\sqrt{2/\pi}(x + 0.044715 x^3)))$. Source: as `gelu`."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(x, 0), with derivative 0 at 0."""
+    return jax.nn.relu(x)
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x · sigmoid(x), also called swish."""
+    return jax.nn.silu(x)
+
+
+def tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The hyperbolic tangent."""
+    return jnp.tanh(x)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu, "tanh": tanh}

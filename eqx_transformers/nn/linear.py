@@ -1,0 +1,63 @@
+"""Affine maps of the last axis."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._errors import expect_last_axis
+
+fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
+
+
+def contract(x: Float[Array, "*axes inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "*axes outer"]:
+    """x Wᵀ in the wider of both dtypes; products of half-precision numbers are summed, and returned, in float32.
+
+    One `dot_general` over the last axes: inside a model this spelling lets XLA run dense layers at the speed of their
+    matrix products alone (`benchmarks/forward.py`), where `x @ W.T` and a `vmap` over tokens do not.
+    """
+    wide = jnp.promote_types(x.dtype, weight.dtype)
+    sums = jnp.promote_types(wide, jnp.float32)
+    last = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x.astype(wide), weight.astype(wide), last, preferred_element_type=sums)
+
+
+class Linear(eqx.Module):
+    r"""$x \mapsto x W^\top + b$ over the last axis, for any leading axes.
+
+    `weight` is `out_features in_features`, as in `equinox.nn.Linear`. Sums run in float32 at least, the bias is added
+    before the one rounding, and the result has the input's dtype.
+
+    Raises a `ValueError` when the last axis of the input is not `in_features`.
+    """
+
+    weight: Float[Array, "out_features in_features"]
+    bias: Float[Array, " out_features"] | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        init: Initializer = fan_in,
+        key: PRNGKeyArray,
+    ):
+        self.weight = init(key, (out_features, in_features), jnp.float32)
+        self.bias = jnp.zeros(out_features) if use_bias else None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[-2]
+
+    def __call__(self, x: Float[Array, "*axes {self.in_features}"]) -> Float[Array, "*axes {self.out_features}"]:
+        expect_last_axis(self, "in_features", self.in_features, x.shape)
+        y = contract(x, self.weight)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
+        return y.astype(x.dtype)

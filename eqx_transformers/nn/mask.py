@@ -1,0 +1,54 @@
+"""Which query may look at which key, as one value that every attention path understands."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+class Mask(eqx.Module):
+    """The pairs (query, key) that attention may use: `True` means attend. Conditions that are given are joined by "and".
+
+    - `causal`: key position <= query position, where query `i` stands at position `i + offset`.
+    - `window`: query position - key position < `window` (looks back at most `window - 1` keys).
+    - `keys`: keys that exist at all (a tokenizer's `attention_mask`).
+    - `segments`: several texts packed in one row; query and key must carry the same segment id.
+    - `dense`: anything else, spelled out; its leading axis may be missing (the same for all heads) or `num_heads`.
+
+    `causal` and `window` are static, so that a kernel can skip whole blocks; the arrays are traced.
+    `Mask()` lets every query see every key.
+    """
+
+    causal: bool = eqx.field(static=True, default=False)
+    window: int | None = eqx.field(static=True, default=None)
+    offset: Int[Array, ""] | int = 0
+    keys: Bool[Array, " keys"] | None = None
+    segments: Int[Array, " keys"] | None = None
+    dense: Bool[Array, "*heads seq keys"] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing is masked, which is known while tracing."""
+        return not (self.causal or self.window) and self.keys is None and self.segments is None and self.dense is None
+
+    def allowed(self, seq: int, keys: int) -> Bool[Array, "*heads seq keys"] | None:
+        """The whole table for `seq` queries and `keys` keys, or None where nothing is masked."""
+        here, there = jnp.arange(seq)[:, None] + self.offset, jnp.arange(keys)[None, :]
+        parts = []
+        if self.causal:
+            parts.append(there <= here)
+        if self.window is not None:
+            parts.append(here - there < self.window)
+        if self.keys is not None:
+            parts.append(jnp.broadcast_to(self.keys[None, :], (seq, keys)))
+        if self.segments is not None:
+            parts.append(jnp.take(self.segments, here[:, 0], mode="clip")[:, None] == self.segments[None, :])
+        if self.dense is not None:
+            parts.append(self.dense)
+        table = parts[0] if parts else None
+        for part in parts[1:]:
+            table = table & part if table.ndim == part.ndim else _rank(table, part.ndim) & _rank(part, table.ndim)
+        return table
+
+
+def _rank(table: Bool[Array, "*heads seq keys"], ndim: int) -> Bool[Array, "*heads seq keys"]:
+    return table[(None,) * max(ndim - table.ndim, 0)]

@@ -1,0 +1,41 @@
+"""The position-wise feed-forward network."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._errors import within
+from .linear import Linear, fan_in
+
+
+class MLP(eqx.Module):
+    """`down_proj(activation(up_proj(x)))` over the last axis, for any leading axes."""
+
+    up_proj: eqx.Module
+    activation: Callable
+    down_proj: eqx.Module
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        activation: Callable,
+        *,
+        use_bias: bool = True,
+        init: Initializer = fan_in,
+        key: PRNGKeyArray,
+    ):
+        up, down = jax.random.split(key)
+        self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
+        self.activation = activation
+        self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
+
+    def __call__(self, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+        with within("up_proj"):
+            x = self.up_proj(x)
+        x = self.activation(x)
+        with within("down_proj"):
+            return self.down_proj(x)

@@ -1,0 +1,183 @@
+"""The native format: a directory that holds a model by the names of its own tree.
+
+- `config.json`: format and version, the model's class, its facts, which of its stacks are stacked
+- `model.safetensors`: every array by its tree path (key and value, never by position), in its own dtype
+- `extras.json` and files: what was handed along (the origin of converted weights, a tokenizer)
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from . import tensor_file
+from ._files import replacing
+from .models.heads import MaskedLM, SentenceEmbedder, SequenceClassifier
+from .models.roberta import Encoder, EncoderConfig
+from .skeletons import differences, skeleton, stacked_paths
+from .surgery.paths import is_array_like, leaves_by_path, spell
+
+FORMAT, VERSION = "eqx_transformers", 1
+MODELS = {c.__name__: c for c in (Encoder, MaskedLM, SequenceClassifier, SentenceEmbedder)}
+CONFIGS = {c.__name__: c for c in (EncoderConfig,)}
+
+
+class FormatError(ValueError):
+    """A directory is not in the native format, or not whole."""
+
+
+def save(
+    model: Any, directory: str | os.PathLike[str], *, extras: Mapping[str, Any] | None = None, edited: bool = False
+) -> None:
+    """Writes `model` to `directory`, which then holds all of it or is as it was before.
+
+    `extras` travel along: a `pathlib.Path` is a file to copy under that name, anything else must be JSON.
+    A model that its config does not rebuild (adapted, quantized, resized, another activation) is refused with a
+    `ValueError` that names every difference, unless `edited=True`: such a directory is loaded with `skeleton=`.
+    """
+    if not edited and (found := differences(model)):
+        raise ValueError(_EDITED.format(edits="\n  ".join(found)))
+    arrays = {path: leaf for path, leaf in leaves_by_path(model).items() if eqx.is_array(leaf)}
+    specs = {path: jax.ShapeDtypeStruct(x.shape, _dtype(path, x)) for path, x in arrays.items()}
+    with replacing(directory, stale=("*.safetensors", "extras.json", "origin.json")) as fresh:
+        _dump(fresh / "config.json", _describe(model, edited))
+        _pack(fresh, extras or {})
+        tensor_file.write(fresh / "model.safetensors", specs, lambda path: np.asarray(arrays[path]), {"format": FORMAT})
+
+
+def load(
+    directory: str | os.PathLike[str], *, skeleton: Callable[[Any], Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(model, extras) of a directory that `save` wrote, bit for bit and in the dtypes that were saved.
+
+    `skeleton` is a function of the plain model that repeats the edits of one saved with `edited=True`; it runs under
+    `filter_eval_shape`, so that it costs no memory. Raises a `FormatError` that names every array that is missing,
+    unexpected or of another shape.
+    """
+    directory = Path(directory)
+    described = _described(directory)
+    if described["edited"] and skeleton is None:
+        raise FormatError(f"{directory} holds an edited {described['class']}; repeat the edits in load(…, skeleton=…).")
+    plain = _plain(described)
+    tree = plain if skeleton is None else eqx.filter_eval_shape(skeleton, plain)
+    return _filled(tree, directory / "model.safetensors"), _unpack(directory)
+
+
+def is_native(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory is in the native format."""
+    try:
+        return json.loads((Path(directory) / "config.json").read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _describe(model: Any, edited: bool) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "class": type(model).__name__,
+        "config": type(model.config).__name__,
+        "facts": dataclasses.asdict(model.config),
+        "stacked": stacked_paths(model),
+        "edited": edited,
+    }
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        raise FormatError(f"{directory} has no config.json: it is not a model in the native format.")
+    if not is_native(directory):
+        raise FormatError(
+            f"{directory}/config.json is not of the native format; converters.load reads Hugging Face directories."
+        )
+    described = json.loads((directory / "config.json").read_bytes())
+    if described.get("version") != VERSION:
+        raise FormatError(f"{directory} is of version {described.get('version')}; this library reads {VERSION}.")
+    if described.get("class") not in MODELS or described.get("config") not in CONFIGS:
+        raise FormatError(f"{directory} holds a {described.get('class')!r}; this library knows {', '.join(MODELS)}.")
+    return described
+
+
+def _plain(described: dict[str, Any]) -> Any:
+    config_class = CONFIGS[described["config"]]
+    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in described["facts"].items()}
+    known = {f.name for f in dataclasses.fields(config_class)}
+    if strange := sorted(facts.keys() - known):
+        raise FormatError(f"config.json states {', '.join(strange)}, which {config_class.__name__} does not have.")
+    return skeleton(MODELS[described["class"]], config_class(**facts), described["stacked"])
+
+
+def _filled(tree: Any, path: Path) -> Any:
+    try:
+        specs, _ = tensor_file.read_header(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing: the directory is not whole.") from None
+    except tensor_file.DamagedFile as error:
+        raise FormatError(str(error)) from error
+    wanted = {path: leaf for path, leaf in leaves_by_path(tree).items() if is_array_like(leaf)}
+    if problems := _problems(wanted, specs):
+        raise FormatError(f"{path} does not hold this model:\n  " + "\n  ".join(problems))
+    with open(path, "rb", buffering=0) as file:
+        read = lambda path, leaf: (
+            jax.device_put(tensor_file.read_tensor(file, specs[spell(path)])) if is_array_like(leaf) else leaf
+        )
+        return jax.tree_util.tree_map_with_path(read, tree)
+
+
+def _problems(wanted: dict[str, Any], specs: dict[str, tensor_file.Spec]) -> list[str]:
+    return [
+        *(f"missing: {path}" for path in wanted.keys() - specs.keys()),
+        *(f"unexpected: {path}" for path in specs.keys() - wanted.keys()),
+        *(
+            f"{path}: the file has {specs[path].shape}, the model {tuple(leaf.shape)}"
+            for path, leaf in wanted.items()
+            if path in specs and specs[path].shape != tuple(leaf.shape)
+        ),
+    ]
+
+
+def _pack(directory: Path, extras: Mapping[str, Any]) -> None:
+    values, files = {}, []
+    for name, value in extras.items():
+        if isinstance(value, Path):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(value, directory / name)
+            files.append(name)
+        else:
+            values[name] = value
+    if origin := values.pop("origin", None):
+        _dump(directory / "origin.json", origin)
+    if values or files:
+        _dump(directory / "extras.json", {"values": values, "files": files})
+
+
+def _unpack(directory: Path) -> dict[str, Any]:
+    packed = directory / "extras.json"
+    held = json.loads(packed.read_bytes()) if packed.is_file() else {"values": {}, "files": []}
+    origin = directory / "origin.json"
+    first = {"origin": json.loads(origin.read_bytes())} if origin.is_file() else {}
+    if outside := [name for name in held["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise FormatError(f"{packed} names {outside[0]!r}, which is not inside the directory.")
+    return first | held["values"] | {name: directory / name for name in held["files"]}
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _dtype(path: str, x: Any) -> np.dtype:
+    if x.dtype not in tensor_file.NAMES:
+        raise ValueError(f"{path} is of dtype {x.dtype}, which a safetensors file of this library cannot hold.")
+    return np.dtype(x.dtype)
+
+
+_EDITED = """The model differs from what its config builds, so it could not be loaded again from its config:
+  {edits}
+Use reconfigure(model, …) for a changed fact, merge adapters, or pass edited=True and load with skeleton=."""

@@ -1,0 +1,161 @@
+"""The safetensors container, one tensor at a time: headers without data, aligned reads, streamed writes.
+
+The format: eight bytes with the header's length, a JSON header, the tensors' bytes. The header of a file that is read
+is validated by the safetensors library itself; reading and writing here exists because a tensor read into its own
+64-byte aligned buffer is adopted by JAX on a CPU without a copy, and because writes stream without a second copy.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of a file: where it lies and what it is, known from the header alone."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    end: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The dtype, or None for one that NumPy does not have (float8 and smaller)."""
+        return DTYPES.get(self.dtype)
+
+
+class DamagedFile(ValueError):
+    """A file is not safetensors, or not whole."""
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Spec], dict[str, str]]:
+    """(tensors by name in file order, metadata). Raises `DamagedFile` when malformed, `OSError` when unreadable."""
+    with open(path, "rb") as file:
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="np"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise DamagedFile(f"{path} is not a whole safetensors file: {_cause(path, file, str(error))}") from error
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_once)
+    metadata = header.pop("__metadata__", {})
+    place = lambda entry: [8 + length + at for at in entry["data_offsets"]]
+    return {k: Spec(tuple(e["shape"]), e["dtype"], *place(e)) for k, e in header.items()}, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise DamagedFile(f"The header names {next(n for n in names if names.count(n) > 1)!r} twice.")
+    return entries
+
+
+def _cause(path: str | os.PathLike[str], file: BinaryIO, said: str) -> str:
+    """What usually stands behind the library's message, from the first bytes and the size."""
+    size, start = os.stat(path).st_size, file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer. Run `git lfs pull` where you cloned it."
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page, probably an error page of the download. Download it again."
+    if start.startswith(b"PK") or start.startswith(b"\x80"):
+        return "it is a pickle of torch under another name."
+    if "not fully covered" in said or "invalid header length" in said or size < 8:
+        return f"{said}. It has {size} bytes: a download or copy that stopped early? Fetch it again."
+    return said
+
+
+def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
+    """The tensor as an array in a buffer of its own, aligned to 64 bytes, so that JAX on a CPU adopts it.
+
+    Never a view of the file: an array that aliased a memory map would change when somebody writes to the file.
+    """
+    size = spec.end - spec.start
+    raw = np.empty(size + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    view = raw[first : first + size]
+    file.seek(spec.start)
+    got = _fill(file, memoryview(view))
+    if got != size:
+        raise EOFError(f"expected {size} bytes at {spec.start}, found {got}")
+    return view.view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+
+def _fill(file: BinaryIO, view: memoryview) -> int:
+    got = 0
+    while got < len(view):  # one read() of an unbuffered file returns at most 2 GiB
+        step = file.readinto(view[got:])  # pyright: ignore[reportAttributeAccessIssue]
+        if not step:
+            break
+        got += step
+    return got
+
+
+def write(
+    path: str | os.PathLike[str],
+    specs: dict[str, jax.ShapeDtypeStruct],
+    get: Callable[[str], np.ndarray],
+    metadata: dict[str, str],
+) -> None:
+    """Writes the tensors in the given order, asking `get` for one at a time, and waits until the disk has them.
+
+    `get` may return any array of the right shape and dtype; strided ones are made contiguous first.
+    """
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
+    for name, spec in specs.items():
+        size = prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        header[name] = {
+            "dtype": NAMES[np.dtype(spec.dtype)],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in specs.items():
+            file.write(_bytes(name, get(name), spec))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(name: str, x: np.ndarray, spec: jax.ShapeDtypeStruct) -> memoryview:
+    x = np.ascontiguousarray(x).reshape(np.shape(x))
+    if (x.shape, x.dtype) != (spec.shape, spec.dtype):
+        raise ValueError(f"{name}: announced as {spec.dtype}{list(spec.shape)}, but it is {x.dtype}{list(x.shape)}.")
+    return memoryview(x.reshape(-1).view(np.uint8))
+
+
+def read_all(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Every tensor (or those named) of one file, each in its own buffer."""
+    specs, _ = read_header(path)
+    with open(path, "rb", buffering=0) as file:
+        return {name: read_tensor(file, specs[name]) for name in (specs if names is None else names)}
