@@ -1,0 +1,109 @@
+"""Random tiny models of the reference library, saved as a user would find them, with what they compute."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from eqx_transformers import SentenceEmbedder
+
+from .tiny import TINY, Row
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny products: threads only cost
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A saved checkpoint, its torch model, inputs of several rows, and outputs and gradients of torch on them."""
+
+    row: Row
+    directory: Path
+    model: Any
+    inputs: dict[str, np.ndarray]
+    output: np.ndarray
+    weights: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+def make(row: Row, seed: int = 0) -> Any:
+    """The torch model with every parameter perturbed: fresh biases and gains hide mistakes."""
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, row.architecture)
+    config = model_class.config_class(**(TINY[row.family] | {"attn_implementation": "eager"} | row.options))
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def save(model: Any, row: Row, directory: Path, **options: Any) -> Path:
+    """As `save_pretrained` writes it; a sentence embedder with sentence-transformers' files."""
+    model.save_pretrained(directory, **options)
+    if row.head is SentenceEmbedder:
+        (directory / "modules.json").write_text(json.dumps(MODULES))
+        (directory / "1_Pooling").mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": 21, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+        (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return directory
+
+
+def inputs(row: Row, seed: int = 0, length: int = 13) -> dict[str, np.ndarray]:
+    """Four rows: whole, padded right, padded left, one token; padding where the mask is 0."""
+    rng, sizes = np.random.default_rng(seed), TINY[row.family]
+    pad = sizes["pad_token_id"]
+    ids = rng.integers(3, sizes["vocab_size"], (4, length))
+    mask = np.ones_like(ids)
+    mask[1, 8:], mask[2, :5], mask[3, 1:] = 0, 0, 0
+    ids[mask == 0] = pad
+    types = rng.integers(0, sizes["type_vocab_size"], ids.shape)
+    return {"ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def run(model: Any, row: Row, given: dict[str, np.ndarray]) -> Any:
+    """The torch output that our head's output stands for."""
+    tensors = {name: torch.from_numpy(x) for name, x in given.items()}
+    result = model(tensors.pop("ids"), **tensors)
+    if row.head is not SentenceEmbedder:
+        return result.logits if "logits" in result else result.last_hidden_state
+    mask = tensors["attention_mask"][..., None].to(result.last_hidden_state.dtype)
+    return torch.nn.functional.normalize((result.last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@functools.cache
+def reference(row: Row) -> Reference:
+    """Made once a session for each row of the table."""
+    directory = Path(mkdtemp(prefix="reference-"))
+    model = make(row)
+    save(model, row, directory)
+    given = inputs(row)
+    output = run(model, row, given)
+    weights = np.random.default_rng(1).standard_normal(tuple(output.shape)).astype(np.float32)
+    (output * torch.from_numpy(weights)).sum().backward()
+    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return Reference(row, directory, model, given, output.detach().numpy(), weights, gradients)
+
+
+def forward(model: Any, given: dict[str, np.ndarray]) -> Any:
+    """Our model on the rows of `given`, under `jax.vmap`."""
+    import jax
+
+    kwargs = {name: x for name, x in given.items() if name != "ids"}
+    call: Callable[..., Any] = lambda ids, kwargs: model(ids, **kwargs)
+    return jax.vmap(call)(given["ids"], kwargs)
