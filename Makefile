@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Pinned here, and not in the extras, so that two machines build the same environment.
 TORCH := torch==2.13.0
+# One process a core; a file stays in one of them, because its tests share what they compiled.
+PYTEST := -q -n 2 --dist loadfile
 
 .PHONY: run test test-full lint format bench clean
 .DEFAULT_GOAL := run
@@ -11,10 +13,10 @@ run: $(VENV)/.ready  ## convert, verify and use the embedded MiniLM
 	$(BIN)/python -m converters.hf --demo
 
 test: $(VENV)/.ready  ## the whole suite, long proofs with small counts
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest $(PYTEST)
 
 test-full: $(VENV)/.ready  ## the whole suite, long proofs with the stated counts
-	EQX_TRANSFORMERS_FULL=1 $(BIN)/python -m pytest -q
+	EQX_TRANSFORMERS_FULL=1 $(BIN)/python -m pytest $(PYTEST)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

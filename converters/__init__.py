@@ -11,3 +11,4 @@ from .errors import (
 )
 from .origin import Origin as Origin
 from .report import Report as Report
+from .verify import Verification as Verification, verify as verify

@@ -12,7 +12,10 @@ from eqx_transformers import tensor_file
 from eqx_transformers.tensor_file import DamagedFile, Spec
 
 from .errors import MalformedCheckpoint, SourceNotFound, UnsafeCheckpoint
-from .hub import INDEX, WEIGHTS
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights that are there and not read, by the ends of their names.
+OTHERS = (".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Checkpoint:
 
 
 def open_directory(directory: Path) -> Checkpoint:
-    """Reads config.json and the headers; no tensor. Raises `SourceNotFound`, `MalformedCheckpoint`, `UnsafeCheckpoint`."""
+    """Reads config.json and the headers; no tensor. Raises `SourceNotFound`, `Malformed-` or `UnsafeCheckpoint`."""
     if not directory.is_dir():
-        raise SourceNotFound(f"{directory} is a file; a checkpoint is a directory with config.json and weights.")
-    config = _json(directory / "config.json", directory)
+        raise SourceNotFound(f"{directory} is not a directory; a checkpoint is one with config.json and weights.")
+    config = _config(directory)
     files = _weight_files(directory)
     specs, layout, metadata = {}, {}, {}
     for name in files:
@@ -63,18 +66,44 @@ def open_directory(directory: Path) -> Checkpoint:
     return Checkpoint(directory, config, specs, layout, metadata)
 
 
-def _json(path: Path, directory: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON value of a file, of this type. Raises a `MalformedCheckpoint` for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise MalformedCheckpoint(f"{path} is nested too deeply to be a file of a model.") from error
+    except ValueError as error:
+        raise MalformedCheckpoint(f"{path} is not JSON: {error}. {_usual_cause(path)}") from error
+    except OSError as error:
+        raise MalformedCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
+    if not isinstance(value, kind):
+        raise MalformedCheckpoint(f"{path} holds {_json_name(value)}; expected {_json_name(kind())}.")
+    return value
+
+
+def _json_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _usual_cause(path: Path) -> str:
+    start = path.read_bytes()[:64].lstrip()
+    if not start:
+        return "It is empty: a download or copy that stopped early? Fetch it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "It is a Git LFS pointer: run `git lfs pull` where you cloned it."
+    if start.startswith(b"<"):
+        return "It is a web page, probably an error page of the download. Download it again."
+    return "Was it edited by hand, or cut off? Fetch it again."
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
     if not path.is_file():
         found = sorted(p.name for p in directory.iterdir())
         what = f"it holds {', '.join(found[:5])}{', …' if len(found) > 5 else ''}" if found else "it is empty"
-        raise MalformedCheckpoint(f"{directory} has no {path.name}: not a Hugging Face model directory ({what}).")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"{path} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise MalformedCheckpoint(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
+        raise MalformedCheckpoint(f"{directory} has no config.json: not a Hugging Face model directory ({what}).")
+    return read_json(path)
 
 
 def _weight_files(directory: Path) -> list[str]:
@@ -82,13 +111,11 @@ def _weight_files(directory: Path) -> list[str]:
     if (directory / WEIGHTS).is_file():
         return [WEIGHTS]
     if (directory / INDEX).is_file():
-        return sorted(set(_weight_map(directory).values()))
-    others = sorted(
-        p.name for p in directory.iterdir() if p.suffix in (".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".gguf")
-    )
+        return sorted(set(read_weight_map(directory / INDEX).values()))
+    others = sorted(p.name for p in directory.iterdir() if p.name.endswith(OTHERS))
     if others:
         raise MalformedCheckpoint(
-            f"{directory} has no {WEIGHTS} (and no {INDEX}), only {', '.join(others)}, a container that is not read yet."
+            f"{directory} has no {WEIGHTS} (and no {INDEX}), only {_some(others)}, a container that is not read yet."
             " Save it as safetensors with transformers: AutoModel.from_pretrained(…).save_pretrained(…)."
         )
     near = sorted(p.name for p in directory.glob("*.safetensors"))
@@ -96,15 +123,22 @@ def _weight_files(directory: Path) -> list[str]:
     raise MalformedCheckpoint(f"{directory} has no weights: neither {WEIGHTS} nor {INDEX}.{hint}")
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    weight_map = _json(directory / INDEX, directory).get("weight_map")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds each key. Raises `MalformedCheckpoint`, or `UnsafeCheckpoint` for a shard that is elsewhere."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MalformedCheckpoint(f"{directory / INDEX} has no weight_map of keys to files.")
+        raise MalformedCheckpoint(
+            f"{index} has no weight_map of keys to files. Fetch it again, or save the model again."
+        )
     for key, name in weight_map.items():
         # One path component, so that an index cannot make us read files from elsewhere; the hub cache's symlinks may.
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UnsafeCheckpoint(
-                f"{directory / INDEX} maps {key!r} to {name!r}; a shard must be the name of a .safetensors file beside it."
+                f"{index} maps {key!r} to {name!r}; a shard must be the name of a .safetensors file beside it."
             )
     return weight_map
 
@@ -120,7 +154,7 @@ def _header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
 
 def _agrees(directory: Path, layout: dict[str, list[str]]) -> None:
     """The index and the shards must say the same."""
-    weight_map = _weight_map(directory)
+    weight_map = read_weight_map(directory / INDEX)
     held = {key: name for name, keys in layout.items() for key in keys}
     for key in weight_map.keys() - held.keys():
         raise MalformedCheckpoint(f"{directory / INDEX} says {weight_map[key]} holds {key}, but it does not.")

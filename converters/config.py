@@ -25,7 +25,7 @@ class Fact:
 
 
 def modern(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields under the names that the reference library uses today; the value of an old name yields to a new one."""
+    """The fields under the names that the reference uses today; the value of an old name yields to a new one."""
     fields = dict(config)
     if "torch_dtype" in fields:
         fields.setdefault("dtype", fields["torch_dtype"])
@@ -41,7 +41,8 @@ def whole(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # Python's JSON has NaN and Infinity, and a whole number may be too large to be a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise ValueError("expected a number")
     return float(value)
 

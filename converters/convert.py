@@ -78,6 +78,7 @@ def load(
     checkpoint = open_directory(directory)
     plan = settled(checkpoint, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected))
     expect_ok(plan.report)
+    _expect_kept(plan, checkpoint, dtype)
     model = fill(plan, checkpoint, dtype, key, progress)
     return model, _origin(source, revision, checkpoint, plan, labels)
 
@@ -151,7 +152,7 @@ def fill(
     total = sum(checkpoint.size(plan.names[k]) for link in plan.links for k in link.keys)
     done = 0
     for link in plan.links:
-        leaves = link.read(lambda k: _cast(plan.names[k], checkpoint.get(plan.names[k]), dtype))
+        leaves = link.read(lambda k: _cast(checkpoint.get(plan.names[k]), dtype))
         arrays |= {path: jax.device_put(_owned(x)) for path, x in leaves.items()}
         done += sum(checkpoint.size(plan.names[k]) for k in link.keys)
         if progress is not None:
@@ -161,7 +162,7 @@ def fill(
 
 def _owned(x: np.ndarray) -> np.ndarray:
     # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive, and strides cost.
-    return x if x.base is None or x.flags.c_contiguous and x.nbytes + 64 >= _root(x).nbytes else np.array(x)
+    return x if x.base is None or (x.flags.c_contiguous and x.nbytes + 64 >= _root(x).nbytes) else np.array(x)
 
 
 def _root(x: np.ndarray) -> np.ndarray:
@@ -170,15 +171,21 @@ def _root(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _cast(key: str, x: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "auto" and jnp.issubdtype(x.dtype, jnp.floating):
+def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "auto":
         return x.astype(DTYPES[dtype], copy=False)
-    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-        raise ConversionError(
-            f"{key} is {x.dtype}, which JAX would narrow to {jax.dtypes.canonicalize_dtype(x.dtype)} without a word:"
-            " ask for it with dtype='float32', or set jax_enable_x64."
-        )
     return x
+
+
+def _expect_kept(plan: Plan, checkpoint: Checkpoint, dtype: str) -> None:
+    """Nothing would be narrowed that was not asked to be; known before a tensor is read."""
+    for key in (plan.names[key] for link in plan.links for key in link.keys):
+        own = checkpoint.specs[key].numpy_dtype
+        if dtype == "auto" and jax.dtypes.canonicalize_dtype(own) != own:
+            raise ConversionError(
+                f"{key} is {own}, which JAX would narrow to {jax.dtypes.canonicalize_dtype(own)} without a word:"
+                " ask for it with dtype='float32' (--dtype float32), or set jax_enable_x64."
+            )
 
 
 def _drawn(plan: Plan, key: PRNGKeyArray | None, dtype: str) -> dict[str, Any]:
@@ -212,10 +219,18 @@ def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: boo
             f"{directory} is in the native format and is loaded as it was saved; head, labels, override, dtype and"
             " stacked are for checkpoints. Use Head.of(…), reconfigure(…) or stack(…) on the loaded model."
         )
-    model, extras = serialisation.load(directory)
+    try:
+        model, extras = serialisation.load(directory)
+    except serialisation.FormatError as error:
+        raise MalformedCheckpoint(str(error)) from error
     if "origin" not in extras:
         raise ConversionError(f"{directory} was not made by a converter; eqx_transformers.load reads it.")
-    return model, Origin.from_json(extras["origin"])
+    try:
+        return model, Origin.from_json(extras["origin"])
+    except TypeError as error:
+        raise MalformedCheckpoint(
+            f"{directory}/origin.json does not say where the model came from ({error})."
+        ) from error
 
 
 def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: Plan, labels: Any) -> Origin:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 class ConversionError(ValueError):
-    """Something about a checkpoint or its conversion; the message says what was found, what was expected and what to do."""
+    """Something about a checkpoint or its conversion; the message says what was found and expected, and what to do."""
 
 
 class SourceNotFound(ConversionError):

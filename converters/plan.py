@@ -3,7 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
@@ -11,11 +13,14 @@ from eqx_transformers.tensor_file import Spec
 
 from . import config as configs, sentence
 from .checkpoint import Checkpoint
-from .errors import ConversionError, UnsupportedConfig
+from .errors import ConversionError, MalformedCheckpoint, UnsupportedConfig
 from .families import FAMILIES
 from .family import Family
 from .report import Report, examine
 from .rules import Ignore, Link, Rule, Table, Tie, expand
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+OUTPUT = "head.output."  # the layer whose size is the number of labels
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,13 @@ class Request:
     strict: bool = True
     allow_missing: Collection[str] = ()
     allow_unexpected: Collection[str] = ()
+
+    def __post_init__(self):
+        labels = self.labels
+        if isinstance(labels, str) or (labels is not None and self.num_labels < 1):
+            raise ConversionError(f"labels = {labels!r}: expected how many (at least 1), or a list of their names.")
+        if not isinstance(labels, int | None) and len(set(labels)) != len(labels):
+            raise ConversionError(f"labels = {list(labels)}: two labels have one name.")
 
     @property
     def num_labels(self) -> int | None:
@@ -51,10 +63,10 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) -> Plan:
-    """Raises an `UnsupportedConfig` for what this library does not have. `untied`: the tensors contradict a tied config."""
+    """Raises an `UnsupportedConfig` for what is not had here. `untied`: the tensors contradict a tied config."""
     fields_ = configs.modern(checkpoint.config)
     family = _family(fields_)
-    dressed = sentence.read(checkpoint.directory)
+    dressed = _dressed(checkpoint.directory, family, request.head)
     architecture = _architecture(fields_, family, checkpoint)
     model_class = _model_class(family, architecture, dressed, request.head)
     stated = configs.read(
@@ -66,6 +78,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) ->
     config = family.observe(config, model_class, frozenset(names), fields_)
     built = skeleton(model_class, config, request.stacked)
     leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
+    _expect_classifier(leaves, model_class, request)
     table = family.table(config, model_class)
     links = expand(table, leaves)
     new = _new(links, leaves, names, family, architecture, model_class, request, stated.get("labels"))
@@ -82,13 +95,24 @@ def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) ->
         model=model_class.__name__,
         notes=_notes(untied),
     )
-    return Plan(family, architecture, model_class, config, built, names, kept, table, report)
+    plan = Plan(family, architecture, model_class, config, built, names, kept, table, report)
+    _expect_floats(plan, checkpoint.specs)
+    return plan
 
 
 def ties_in(plan: Plan) -> list[tuple[str, str]]:
     """(alias, owner), as the file spells them, of every tie of which the file has both names."""
     ties = [one for one in plan.table if isinstance(one, Tie)]
     return [(plan.names[t.theirs], plan.names[t.to]) for t in ties if t.theirs in plan.names and t.to in plan.names]
+
+
+ENCODER = ("embeddings", "encoder", "pooler")
+
+
+def is_bare(keys: Collection[str], family: Family) -> bool:
+    """Whether most of a file's encoder keys lack the family's prefix: a stray key does not decide."""
+    inner = sum(key.startswith(tuple(f"{family.prefix}{step}." for step in ENCODER)) for key in keys)
+    return sum(key.split(".")[0] in ENCODER for key in keys) >= inner
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,7 @@ class Spelling:
 
     @classmethod
     def of(cls, specs: Mapping[str, Spec], family: Family) -> "Spelling":
-        bare = not any(key.startswith(family.prefix) for key in specs)
+        bare = is_bare(specs, family)
         old = any(key.endswith(ending) for key in specs for ending in family.legacy)
         return cls(family.prefix, bare, family.legacy, old)
 
@@ -111,8 +135,7 @@ class Spelling:
         for old, new in self.legacy.items():
             if key.endswith(old):
                 key = key.removesuffix(old) + new
-        is_encoder = key.split(".")[0] in ("embeddings", "encoder", "pooler")
-        return self.prefix + key if self.bare and is_encoder else key
+        return self.prefix + key if self.bare and key.split(".")[0] in ENCODER else key
 
     def old(self, key: str) -> str:
         """A key that the file lacks, as it would spell it."""
@@ -149,16 +172,16 @@ def _architecture(fields_: Mapping[str, Any], family: Family, checkpoint: Checkp
     named = _list(fields_.get("architectures"))
     if named:
         return named[0]
-    bare = not any(key.startswith(family.prefix) for key in checkpoint.specs)
-    return next(iter(family.architectures)) if bare else "an unnamed architecture"
+    unnamed = "an architecture that config.json does not name"
+    return next(iter(family.architectures)) if is_bare(checkpoint.specs, family) else unnamed
 
 
 def _model_class(family: Family, architecture: str, dressed: Any, head: type | None) -> type:
     if head is not None:
         if head not in family.models.values():
             raise ConversionError(
-                f"head={getattr(head, '__name__', head)} is not a head of {family.model_type}:"
-                f" {', '.join(family.models)}."
+                f"head={getattr(head, '__name__', repr(head))} is not a model of {family.model_type}; pass one of the"
+                f" classes {', '.join(family.models)}."
             )
         return head
     found = family.architectures.get(architecture)
@@ -172,17 +195,64 @@ def _model_class(family: Family, architecture: str, dressed: Any, head: type | N
 
 def _config(family: Family, stated: Mapping[str, Any], request: Request) -> Any:
     override = dict(request.override or {})
-    if request.num_labels is not None:
-        override["labels"] = request.num_labels
-    known = [f.name for f in fields(family.defaults)]
-    if strange := sorted(override.keys() - set(known)):
+    known = {f.name: f.type for f in fields(family.defaults)}
+    if strange := sorted(override.keys() - known.keys()):
         raise ConversionError(
             f"override: {', '.join(strange)} is not a fact of this model; its facts are {', '.join(known)}."
         )
+    for name, value in override.items():
+        if not _fits(value, known[name]):
+            kind = known[name].__name__ if isinstance(known[name], type) else known[name]
+            raise ConversionError(f"override: {name} = {value!r}, expected {kind}.")
+    if request.num_labels is not None:
+        override["labels"] = request.num_labels
     try:
         return replace(family.defaults, **(dict(stated) | override))
     except ValueError as error:
+        if override:
+            raise ConversionError(f"config.json with {override} describes a model that cannot be: {error}") from error
         raise UnsupportedConfig(f"config.json describes a model that cannot be: {error}") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: the checks that the test suite switches on, for users too."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, args[0]) for one in value)
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _dressed(directory: Path, family: Family, head: type | None) -> dict[str, Any] | None:
+    """A sentence embedder's facts; one that is not understood does no harm where another model is asked for."""
+    try:
+        return sentence.read(directory)
+    except UnsupportedConfig:
+        if head is None or head in family.like:
+            raise
+        return None
+
+
+def _expect_classifier(leaves: Mapping[str, Any], model_class: type, request: Request) -> None:
+    if request.labels is not None and not any(path.startswith(OUTPUT) for path in leaves):
+        raise ConversionError(
+            f"labels={request.labels} is for a classifier, and a {model_class.__name__} is none; head= chooses one."
+        )
+
+
+def _expect_floats(plan: Plan, specs: Mapping[str, Spec]) -> None:
+    """Every tensor that will be read holds numbers that an array of the model can hold."""
+    read = [plan.names[key] for link in plan.links for key in link.keys if key in plan.names]
+    read += [key for tie in ties_in(plan) for key in tie]
+    if wrong := [f"{key} is {specs[key].dtype}" for key in dict.fromkeys(read) if specs[key].dtype not in FLOATS]:
+        raise MalformedCheckpoint(
+            f"{len(wrong)} tensors do not hold numbers that are read as weights: {', '.join(wrong[:3])}"
+            f"{', …' if len(wrong) > 3 else ''}; expected {', '.join(FLOATS)}. If the checkpoint is quantized,"
+            " convert the original one, or dequantize it first."
+        )
 
 
 def _new(
@@ -206,7 +276,7 @@ def _new(
         absent = any(key not in names for key in link.keys)
         if borrowed and (path.startswith("head.") or (absent and ".pooler." in path)):
             return True
-        if resized and path.startswith("head.output."):
+        if resized and path.startswith(OUTPUT):
             return True
         return absent and any(fnmatchcase(path, pattern) for pattern in allowed)
 
@@ -216,7 +286,8 @@ def _new(
 def _notes(untied: bool) -> tuple[str, ...]:
     if untied:
         return (
-            "the file holds a decoder that differs from the token embedding, so the model is untied, as transformers 5 reads it",
+            "the file holds a decoder that differs from the token embedding, so the model is untied,"
+            " as transformers 5 reads it",
         )
     return ()
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from eqx_transformers.tensor_file import Spec
 
 from .errors import Mismatch
+from .ops import SAME
 from .rules import Ignore, Link, Table, Tie
 
 Shape = tuple[int, ...]
@@ -167,8 +168,12 @@ def _expect_sound(claimed: Counter, filled: Counter, leaves: Mapping[str, Any], 
 
 def _mismatches(link: Link, leaves: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, tuple[Shape, Shape]]:
     """Keys whose shape is not the one that the model's arrays would write."""
-    wanted = jax.eval_shape(lambda: link.write(lambda path: jnp.zeros(leaves[path].shape)))
-    return {k: (w.shape, specs[k].shape) for k, w in wanted.items() if w.shape != specs[k].shape}
+    if link.op is SAME:  # most rules: nothing to trace
+        wanted = {row[0]: leaves[link.ours[0]].shape[len(link.sizes) :] for row in link.theirs}
+    else:
+        traced = jax.eval_shape(lambda: link.write(lambda path: jnp.zeros(leaves[path].shape)))
+        wanted = {key: x.shape for key, x in traced.items()}
+    return {key: (shape, specs[key].shape) for key, shape in wanted.items() if shape != specs[key].shape}
 
 
 def _nearest(key: str, names: list[str]) -> str:

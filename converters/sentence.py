@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import MalformedCheckpoint, UnsupportedConfig
+from .checkpoint import read_json
+from .errors import MalformedCheckpoint, UnsafeCheckpoint, UnsupportedConfig
 
 POOLING = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
@@ -17,30 +18,35 @@ def read(directory: Path) -> dict[str, Any] | None:
     path = directory / "modules.json"
     if not path.is_file():
         return None
-    try:
-        modules = [(m["type"].rsplit(".", 1)[-1], m.get("path", "")) for m in json.loads(path.read_bytes())]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MalformedCheckpoint(f"{path} is not a list of modules ({error}).") from error
-    kinds = [kind for kind, _ in modules]
+    modules = read_json(path, list)
+    if not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules):
+        raise MalformedCheckpoint(f"{path} is not a list of modules, each with a type and a path.")
+    kinds = [m["type"].rsplit(".", 1)[-1] for m in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UnsupportedConfig(
-            f"{path} lists {', '.join(kinds)}; supported is Transformer, Pooling and, at will, Normalize."
+            f"{path} lists {', '.join(kinds) or 'nothing'}; supported is Transformer, Pooling and, at will, Normalize."
             " head=Encoder loads the encoder alone."
         )
-    return {"pooling": _pooling(directory / modules[1][1] / "config.json"), "normalize": len(kinds) == 3}
+    return {"pooling": _pooling(directory / _inside(path, modules[1]) / "config.json"), "normalize": len(kinds) == 3}
+
+
+def _inside(path: Path, module: dict[str, Any]) -> str:
+    place = module.get("path")
+    # One path component, as for shards: a list of modules cannot make us read files from elsewhere.
+    if not isinstance(place, str) or Path(place).name != place:
+        raise UnsafeCheckpoint(f"{path} puts a module at {place!r}; it must be the name of a directory beside it.")
+    return place
 
 
 def _pooling(path: Path) -> str:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise MalformedCheckpoint(f"{path}, which modules.json names, cannot be read ({error}).") from error
+    config = read_json(path)
     modes = config.get("pooling_mode", [k for k, v in config.items() if k.startswith("pooling_mode_") and v])
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = modes if isinstance(modes, list) else [modes]
     ours = [name for name, theirs in POOLING.items() if modes in ([theirs], [name])]
     if not ours:
         raise UnsupportedConfig(
-            f"{path} asks for the pooling {', '.join(modes) or 'none'}; supported: {', '.join(POOLING)}."
+            f"{path} asks for the pooling {', '.join(map(str, modes)) or 'none'}; supported: {', '.join(POOLING)}."
+            " head=Encoder loads the encoder alone."
         )
     return ours[0]
 

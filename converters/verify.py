@@ -302,7 +302,7 @@ def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dic
         return (out * weights).sum()
 
     specs, get = convert.tensors(eqx.combine(gradient(model), model))
-    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters(remove_duplicate=False) if p.grad is not None}
     # A key's bias has no gradient in exact arithmetic, only noise of the size of the others' last digits: an error is
     # relative to the tensor's own largest gradient, but to no less than a hundredth of the largest of all.
     floor = 1e-2 * max(float(np.abs(g).max()) for g in theirs.values())

@@ -1,4 +1,4 @@
-"""`EQX_TRANSFORMERS_CHECK=1`: every shape annotation of the package is checked at every call, and values at run time."""
+"""`EQX_TRANSFORMERS_CHECK=1`: every shape annotation is checked at every call, and values at run time."""
 
 
 def install() -> None:

@@ -18,9 +18,11 @@ def reconfigure(
     """The same model under a config in which `facts` are changed: its arrays, grafted by path onto the new skeleton.
 
     An array that has no place there of its own shape is handed to `grow(path, old, new)`: `old` is the array, or None
-    where the new config adds one, `new` the shape and dtype wanted; it returns the new array. A vocabulary grows so:
+    where the new config adds one, `new` the shape and dtype wanted (that of `old`); it returns the new array. A
+    vocabulary grows so:
 
-        reconfigure(model, lambda path, old, new: jnp.zeros(new.shape).at[: len(old)].set(old), vocab_size=50270)
+        bigger = lambda path, old, new: jnp.zeros(new.shape, new.dtype).at[: len(old)].set(old)
+        reconfigure(model, bigger, vocab_size=50270)
 
     Raises a `TypeError` for a fact that the config does not have, and a `ValueError` that names every array that does
     not fit, every array that the new config has no place for, or every edit that would be lost (an edited model is not
@@ -39,10 +41,11 @@ def reconfigure(
             return was if name.split(".")[-1] in HOW_TO_RUN and was is not None else leaf
         if was is not None and was.shape == leaf.shape:
             return was
-        new = None if grow is None else grow(name, was, leaf)
-        if new is None or tuple(new.shape) != tuple(leaf.shape):
-            gave = "" if grow is None else f", and grow gave {None if new is None else tuple(new.shape)}"
-            problems.append(f"{name}: {None if was is None else tuple(was.shape)} -> {tuple(leaf.shape)}{gave}")
+        wanted = leaf if was is None else jax.ShapeDtypeStruct(leaf.shape, was.dtype)
+        new = None if grow is None else grow(name, was, wanted)
+        if new is None or (tuple(new.shape), new.dtype) != (wanted.shape, wanted.dtype):
+            gave = "" if grow is None else f", and grow gave {_said(new)}"
+            problems.append(f"{name}: {_said(was)} -> {_said(wanted)}{gave}")
         return new
 
     new = jax.tree_util.tree_map_with_path(graft, built)
@@ -50,6 +53,10 @@ def reconfigure(
     if problems:
         raise ValueError("These arrays do not fit the new config; pass grow=:\n  " + "\n  ".join(problems))
     return new
+
+
+def _said(x: Any) -> str:
+    return "None" if x is None else f"{x.dtype}{list(x.shape)}"
 
 
 _LOST = """The model differs from what its config builds, and reconfiguring it would lose that:

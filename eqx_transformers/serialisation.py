@@ -26,6 +26,7 @@ from .surgery.paths import is_array_like, leaves_by_path, spell
 
 FORMAT, VERSION = "eqx_transformers", 1
 MODELS = {c.__name__: c for c in (Encoder, MaskedLM, SequenceClassifier, SentenceEmbedder)}
+OWN = ("config.json", "model.safetensors", "extras.json", "origin.json")
 CONFIGS = {c.__name__: c for c in (EncoderConfig,)}
 
 
@@ -42,9 +43,11 @@ def save(
     A model that its config does not rebuild (adapted, quantized, resized, another activation) is refused with a
     `ValueError` that names every difference, unless `edited=True`: such a directory is loaded with `skeleton=`.
     """
+    if type(model).__name__ not in MODELS or type(model) is not MODELS[type(model).__name__]:
+        raise TypeError(f"A {type(model).__name__} could not be loaded again; this library saves {', '.join(MODELS)}.")
     if not edited and (found := differences(model)):
         raise ValueError(_EDITED.format(edits="\n  ".join(found)))
-    arrays = {path: leaf for path, leaf in leaves_by_path(model).items() if eqx.is_array(leaf)}
+    arrays = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
     specs = {path: jax.ShapeDtypeStruct(x.shape, _dtype(path, x)) for path, x in arrays.items()}
     with replacing(directory, stale=("*.safetensors", "extras.json", "origin.json")) as fresh:
         _dump(fresh / "config.json", _describe(model, edited))
@@ -74,7 +77,7 @@ def is_native(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory is in the native format."""
     try:
         return json.loads((Path(directory) / "config.json").read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -85,7 +88,7 @@ def _describe(model: Any, edited: bool) -> dict[str, Any]:
         "class": type(model).__name__,
         "config": type(model.config).__name__,
         "facts": dataclasses.asdict(model.config),
-        "stacked": stacked_paths(model),
+        "stacked": list(stacked_paths(model)),
         "edited": edited,
     }
 
@@ -111,7 +114,7 @@ def _plain(described: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
     if strange := sorted(facts.keys() - known):
         raise FormatError(f"config.json states {', '.join(strange)}, which {config_class.__name__} does not have.")
-    return skeleton(MODELS[described["class"]], config_class(**facts), described["stacked"])
+    return skeleton(MODELS[described["class"]], config_class(**facts), tuple(described["stacked"]))
 
 
 def _filled(tree: Any, path: Path) -> Any:
@@ -133,27 +136,38 @@ def _filled(tree: Any, path: Path) -> Any:
 
 def _problems(wanted: dict[str, Any], specs: dict[str, tensor_file.Spec]) -> list[str]:
     return [
-        *(f"missing: {path}" for path in wanted.keys() - specs.keys()),
-        *(f"unexpected: {path}" for path in specs.keys() - wanted.keys()),
+        *(f"missing: {path}" for path in wanted if path not in specs),
+        *(f"unexpected: {path}" for path in specs if path not in wanted),
         *(
             f"{path}: the file has {specs[path].shape}, the model {tuple(leaf.shape)}"
             for path, leaf in wanted.items()
             if path in specs and specs[path].shape != tuple(leaf.shape)
         ),
+        *(f"{path}: {why}" for path in wanted if path in specs and (why := _unreadable(specs[path]))),
     ]
+
+
+def _unreadable(spec: tensor_file.Spec) -> str | None:
+    if spec.numpy_dtype is None:
+        return f"{spec.dtype} is a dtype that this library cannot hold"
+    if jax.dtypes.canonicalize_dtype(spec.numpy_dtype) != spec.numpy_dtype:
+        return f'saved in {spec.numpy_dtype}, which JAX would narrow: jax.config.update("jax_enable_x64", True) first'
+    return None
 
 
 def _pack(directory: Path, extras: Mapping[str, Any]) -> None:
     values, files = {}, []
     for name, value in extras.items():
+        if isinstance(value, Path) and (name in OWN or not _inside(name)):
+            raise ValueError(f"extras: {name!r} cannot name a file: it is the format's own, or outside the directory.")
         if isinstance(value, Path):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(value, directory / name)
             files.append(name)
         else:
             values[name] = value
-    if origin := values.pop("origin", None):
-        _dump(directory / "origin.json", origin)
+    if "origin" in values:
+        _dump(directory / "origin.json", values.pop("origin"))
     if values or files:
         _dump(directory / "extras.json", {"values": values, "files": files})
 
@@ -163,9 +177,13 @@ def _unpack(directory: Path) -> dict[str, Any]:
     held = json.loads(packed.read_bytes()) if packed.is_file() else {"values": {}, "files": []}
     origin = directory / "origin.json"
     first = {"origin": json.loads(origin.read_bytes())} if origin.is_file() else {}
-    if outside := [name for name in held["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+    if outside := [name for name in held["files"] if not _inside(name)]:
         raise FormatError(f"{packed} names {outside[0]!r}, which is not inside the directory.")
     return first | held["values"] | {name: directory / name for name in held["files"]}
+
+
+def _inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _dump(path: Path, value: Any) -> None:
@@ -173,6 +191,8 @@ def _dump(path: Path, value: Any) -> None:
 
 
 def _dtype(path: str, x: Any) -> np.dtype:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(f"{path} is a shape without numbers: this is a skeleton, there is nothing to save.")
     if x.dtype not in tensor_file.NAMES:
         raise ValueError(f"{path} is of dtype {x.dtype}, which a safetensors file of this library cannot hold.")
     return np.dtype(x.dtype)

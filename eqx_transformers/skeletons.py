@@ -1,6 +1,7 @@
 """The tree that a config builds, without its arrays; and where a model differs from it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from .surgery.paths import is_array_like, spell
 HOW_TO_RUN = ("attend", "remat", "inference")
 
 
-def skeleton(model_class: Callable[..., Any], config: Any, stacked: bool | list[str] = False) -> Any:
-    """What `model_class(config)` is, with shapes in the place of arrays. `stacked`: all its stacks, or those at paths."""
+@functools.lru_cache(maxsize=16)
+def skeleton(model_class: Callable[..., Any], config: Any, stacked: bool | tuple[str, ...] = False) -> Any:
+    """What `model_class(config)` is, with shapes for arrays. `stacked`: all its stacks, or those at paths."""
 
     def make() -> Any:
         model = model_class(config, key=jax.random.key(0))
@@ -34,9 +36,9 @@ def stacks(model: Any) -> dict[str, Stack]:
     return {spell(path): node for path, node in nodes if is_stack(node)}
 
 
-def stacked_paths(model: Any) -> list[str]:
+def stacked_paths(model: Any) -> tuple[str, ...]:
     """The paths of the stacks whose blocks are stacked."""
-    return [path for path, node in stacks(model).items() if node.is_stacked]
+    return tuple(path for path, node in stacks(model).items() if node.is_stacked)
 
 
 def differences(model: Any) -> list[str]:

@@ -11,14 +11,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ..nn import ACTIVATIONS, LayerNorm, Linear
+from ..nn._dtypes import wider
 from ..nn._errors import within
 from .roberta import Encoder, EncoderConfig, Pooler, as_part, normal
 
-Ids = Int[Array | np.ndarray, " seq"]
-Input = Int[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
+Ids = Integer[Array | np.ndarray, " seq"]
+Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
 
 
 class MaskedLMHead(eqx.Module):
@@ -125,13 +126,13 @@ class SequenceClassifier(eqx.Module):
         self.config = replace(config, pooler=reads_pooler)
         if encoder is None:
             encoder = Encoder(self.config, key=body)
-        kept = None if not reads_pooler else encoder.pooler or Pooler(config, key=pooler)
-        self.backbone = as_part(encoder, kept)
+        kept = encoder.pooler if reads_pooler else None
+        self.backbone = as_part(encoder, Pooler(config, key=pooler) if reads_pooler and kept is None else kept)
         self.head = ClassificationHead(config, key=head)
 
     @classmethod
     def of(cls, encoder: Encoder, labels: int, *, key: PRNGKeyArray) -> "SequenceClassifier":
-        """A fresh classifier of `labels` classes on `encoder` (1: a regression), with its pooler if the family reads one."""
+        """A fresh classifier of `labels` classes on `encoder` (1: a regression), and its pooler if need be."""
         return cls(_config(encoder, labels, takes_labels=True), key=key, encoder=encoder)
 
     def __call__(self, token_ids: Ids, *, key: PRNGKeyArray | None = None, **inputs: Input) -> Float[Array, " labels"]:
@@ -156,7 +157,7 @@ class Pooling(eqx.Module):
     def __call__(
         self, hidden: Float[Array, "seq embed_dim"], keys: Bool[Array, " seq"] | None = None
     ) -> Float[Array, " embed_dim"]:
-        wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        wide = hidden.astype(wider(hidden.dtype, jnp.float32))
         keys = jnp.ones(hidden.shape[0], bool) if keys is None else keys
         if self.kind == "mean":
             weights = keys.astype(wide.dtype)
@@ -184,7 +185,7 @@ class SentenceEmbedder(eqx.Module):
 
     @classmethod
     def of(cls, encoder: Encoder, labels: int | None = None, *, key: PRNGKeyArray | None = None) -> "SentenceEmbedder":
-        """The pooling of the encoder's config on `encoder`. Nothing is drawn: `key` is not used, `labels` must be None."""
+        """The pooling of the encoder's config on `encoder`. Nothing is drawn from `key`; `labels` must be None."""
         config = _config(encoder, labels, takes_labels=False)
         return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
 
@@ -192,23 +193,26 @@ class SentenceEmbedder(eqx.Module):
         self,
         token_ids: Ids,
         *,
-        attention_mask: Int[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
+        attention_mask: Integer[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
         **inputs: Input,
     ) -> Float[Array, " embed_dim"]:
         """`attention_mask` must be ` seq` here: it also says which hidden states are averaged."""
+        with within("backbone"):
+            hidden = self.backbone(token_ids, attention_mask=attention_mask, key=key, **inputs)
         keys = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         if keys is not None and keys.ndim != 1:
             raise ValueError(f"SentenceEmbedder: attention_mask must be 'seq' (it is averaged over), not {keys.shape}.")
-        with within("backbone"):
-            hidden = self.backbone(token_ids, attention_mask=attention_mask, key=key, **inputs)
         with within("pooling"):
             return self.pooling(hidden, keys)
 
 
 def _config(encoder: Encoder, labels: int | None, *, takes_labels: bool) -> EncoderConfig:
     if encoder.config is None:
-        raise ValueError("This encoder is a part of another model and has no config; pass a model's own Encoder.")
+        raise ValueError(
+            "This encoder is a part of another model, which has the config:"
+            " Head(replace(model.config, labels=…), encoder=model.backbone, key=key) puts another head on it."
+        )
     if takes_labels == (labels is None):
         raise ValueError(f"labels = {labels}: " + ("say how many." if takes_labels else "this head has none."))
     return encoder.config if labels is None else replace(encoder.config, labels=labels)

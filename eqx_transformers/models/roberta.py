@@ -5,22 +5,22 @@ Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692
 
 import dataclasses
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from ..nn import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Linear, Mask, Stack
-from ..nn._errors import checking, error_if, within
+from ..nn._errors import error_if, within
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What decides the function that an encoder and its heads compute. `BERT`, `ROBERTA` and `XLM_R` are such sets of facts.
+    """What decides the function that an encoder and its heads compute: `BERT`, `ROBERTA` and `XLM_R` are such facts.
 
     - `positions`: "index" counts 0, 1, 2, …; "after_padding" counts the tokens that are not padding, from
       `padding_id + 1`, and gives padding the row `padding_id`.
@@ -68,6 +68,8 @@ class EncoderConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         if self.num_layers < 0:
             raise ValueError(f"num_layers = {self.num_layers} must not be negative.")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}.")
         if self.positions == "after_padding" and self.padding_id is None:
             raise ValueError("positions = 'after_padding' counts from padding_id + 1, but padding_id is None.")
 
@@ -131,10 +133,11 @@ class EncoderEmbedding(eqx.Module):
             position_ids = self.position_ids(token_ids, segment_ids)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(token_ids)
-        x = 0.0
-        for name, ids in (("tokens", token_ids), ("token_types", token_type_ids), ("positions", position_ids)):
+        with within("tokens"):
+            x = self.tokens(token_ids)  # its dtype is that of the stream through the model
+        for name, ids in (("token_types", token_type_ids), ("positions", position_ids)):
             with within(name):
-                x = getattr(self, name)(ids) + x
+                x = x + getattr(self, name)(ids).astype(x.dtype)
         with within("norm"):
             x = self.norm(x)
         return self.dropout(x, key=key, inference=True if key is None else None)
@@ -150,8 +153,8 @@ class EncoderEmbedding(eqx.Module):
         room, seq = self.positions.vocab_size - first, token_ids.shape[-1]
         if segment_ids is None and seq > room:
             raise ValueError(
-                f"EncoderEmbedding: a sequence of {seq} tokens is longer than the position table allows, which is {room}"
-                f" ({self.positions.vocab_size} rows, the first {first} of them not for tokens). Truncate it when"
+                f"EncoderEmbedding: a sequence of {seq} tokens is longer than the position table allows, which is"
+                f" {room} ({self.positions.vocab_size} rows, the first {first} not for tokens). Truncate it when"
                 " tokenizing, or pass position_ids."
             )
         real = (
@@ -240,59 +243,70 @@ class Encoder(eqx.Module):
 
     def __call__(
         self,
-        token_ids: Int[Array | np.ndarray, " seq"],
+        token_ids: Integer[Array | np.ndarray, " seq"],
         *,
         attention_mask: Bool[Array | np.ndarray, "*queries seq"]
-        | Int[Array | np.ndarray, "*queries seq"]
+        | Integer[Array | np.ndarray, "*queries seq"]
         | None = None,
-        token_type_ids: Int[Array | np.ndarray, " seq"] | None = None,
-        position_ids: Int[Array | np.ndarray, " seq"] | None = None,
-        segment_ids: Int[Array | np.ndarray, " seq"] | None = None,
+        token_type_ids: Integer[Array | np.ndarray, " seq"] | None = None,
+        position_ids: Integer[Array | np.ndarray, " seq"] | None = None,
+        segment_ids: Integer[Array | np.ndarray, " seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "seq embed_dim"]:
         """`attention_mask`: 1 or True where a key exists (` seq`) or may be seen (`seq seq`: queries, keys).
 
         `segment_ids` mark several texts packed in one row: each sees only itself, and its positions start anew.
-        `key` switches dropout on.
+        `key` switches dropout on. Raises a `ValueError` for a batch (`jax.vmap` the model), for inputs of different
+        lengths, and for floating-point ids or masks.
         """
+        ids = _ids("token_ids", token_ids)
+        segments = _ids("segment_ids", segment_ids, ids)
+        mask = _mask(attention_mask, segments, ids.shape[-1])
         embed, blocks = (None, None) if key is None else jax.random.split(key)
-        mask = attention(attention_mask, segment_ids)
         with within("embedding"):
             x = self.embedding(
-                _ids(token_ids),
-                token_type_ids=_ids(token_type_ids),
-                position_ids=_ids(position_ids),
-                segment_ids=_ids(segment_ids),
+                ids,
+                token_type_ids=_ids("token_type_ids", token_type_ids, ids),
+                position_ids=_ids("position_ids", position_ids, ids),
+                segment_ids=segments,
                 key=embed,
             )
         with within("stack"):
             return self.stack(x, mask, key=blocks)
 
 
-def attention(attention_mask: object, segment_ids: object = None) -> Mask:
+def _ids(name: str, x: Any, like: Array | None = None) -> Array | None:
+    """One whole number a token, as int32: counts of tokens would overflow in the bytes that tokenizers save."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, but it is {x.dtype}.")
+    if x.ndim != 1:
+        raise ValueError(f"{name} must be 'seq', but it is {x.shape}. {_ONE}")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{name} must be as long as token_ids, {like.shape[0]}, but it is {x.shape[0]}.")
+    return x.astype(jnp.int32)
+
+
+def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int) -> Mask:
     """The encoder's mask from what a tokenizer or a packer gives."""
-    allowed = None if attention_mask is None else _checked(jnp.asarray(attention_mask)) != 0
-    segments = _ids(segment_ids)
-    if allowed is None:
+    if attention_mask is None:
         return Mask(segments=segments)
-    if allowed.ndim == 1:
-        return Mask(keys=allowed, segments=segments)
-    if allowed.ndim == 2:
-        return Mask(dense=allowed, segments=segments)
-    raise ValueError(
-        f"attention_mask must be 'seq' (keys) or 'seq seq' (queries, keys), but it is {allowed.shape}."
-        " A model takes one example: jax.vmap it over a batch."
-    )
+    given = jnp.asarray(attention_mask)
+    if given.shape not in ((seq,), (seq, seq)):
+        wanted = f"{(seq,)} (keys) or {(seq, seq)} (queries, keys)"
+        raise ValueError(f"attention_mask must be {wanted}, but it is {given.shape}. {_ONE}")
+    if jnp.issubdtype(given.dtype, jnp.floating):
+        # In an additive mask 0 means attend: read as one of ours, it would hide exactly what should be seen.
+        raise ValueError(f"attention_mask must be bool or integers, 1 where to attend, but it is {given.dtype}.")
+    if given.dtype != jnp.bool_:
+        wrong = (given != 0) & (given != 1)
+        given = error_if(given, wrong, "attention_mask must hold 0 and 1 (or False and True).") != 0
+    return Mask(keys=given, segments=segments) if given.ndim == 1 else Mask(dense=given, segments=segments)
 
 
-def _checked(mask: Array) -> Array:
-    said = "attention_mask must hold 0 and 1 (or False and True); additive masks of large negative numbers are not it."
-    return error_if(mask, (mask != 0) & (mask != 1), said) if checking() and mask.dtype != jnp.bool_ else mask
-
-
-def _ids(x: object) -> Array | None:
-    # int32: counts of tokens would overflow in the bytes that tokenizers save, and 64 bits are an option of JAX.
-    return None if x is None else jnp.asarray(x, jnp.int32)
+_ONE = "A model takes one sequence: jax.vmap it over a batch."
 
 
 def as_part(encoder: Encoder, pooler: eqx.Module | None) -> Encoder:

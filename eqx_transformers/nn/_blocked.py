@@ -20,7 +20,7 @@ EMPTY = ("zeros", "uniform")
 
 # Bytes of scores that exist at once. Measured with 1 MiB of L2 a core and 32 MiB of L3 (12 heads of 64, 128 to 1024 keys):
 # below 1 MiB, starting operations costs more than they do; at 12 MiB and above the scores have left the cache.
-BLOCK = 4 * 2**20
+BLOCK = 2 * 2**20
 
 
 def wide(dtype):

@@ -6,7 +6,10 @@ from jaxtyping import Array, Float
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    r"""$x \cdot \Phi(x)$ with the exact normal distribution function (erf). Source: Hendrycks & Gimpel 2016, arXiv:1606.08415."""
+    r"""$x \cdot \Phi(x)$ with the exact normal distribution function (erf).
+
+    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+    """
     return jax.nn.gelu(x, approximate=False)
 
 

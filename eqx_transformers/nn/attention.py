@@ -15,7 +15,7 @@ from .mask import Mask
 
 
 class Attention(eqx.Module):
-    r"""$\mathrm{concat}_h(\mathrm{softmax}(q_h k_h^\top \cdot s + \mathrm{bias}) v_h) W_o^\top$ of one sequence with itself.
+    r"""$\mathrm{concat}_h(\mathrm{softmax}(q_h k_h^\top \cdot s + \mathrm{bias}) v_h) W_o^\top$ within a sequence.
 
     `attend` is a field: `tree_at` replaces the way it is computed (`kernels.attend`) by another, such as
     `kernels.plain`. `num_heads` query heads share `num_kv_heads` key and value heads. The scale $s$ is

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._dtypes import wider
 from ._errors import expect_last_axis
 
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
@@ -17,8 +18,8 @@ def contract(x: Float[Array, "*axes inner"], weight: Float[Array, "outer inner"]
     One `dot_general` over the last axes: inside a model this spelling lets XLA run dense layers at the speed of their
     matrix products alone (`benchmarks/forward.py`), where `x @ W.T` and a `vmap` over tokens do not.
     """
-    wide = jnp.promote_types(x.dtype, weight.dtype)
-    sums = jnp.promote_types(wide, jnp.float32)
+    wide = wider(x.dtype, weight.dtype)
+    sums = wider(wide, jnp.float32)
     last = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x.astype(wide), weight.astype(wide), last, preferred_element_type=sums)
 

@@ -1,12 +1,14 @@
 """Which query may look at which key, as one value that every attention path understands."""
 
+from functools import reduce
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
 class Mask(eqx.Module):
-    """The pairs (query, key) that attention may use: `True` means attend. Conditions that are given are joined by "and".
+    """The pairs (query, key) that attention may use: `True` means attend. Given conditions are joined by "and".
 
     - `causal`: key position <= query position, where query `i` stands at position `i + offset`.
     - `window`: query position - key position < `window` (looks back at most `window - 1` keys).
@@ -28,7 +30,8 @@ class Mask(eqx.Module):
     @property
     def is_empty(self) -> bool:
         """True when nothing is masked, which is known while tracing."""
-        return not (self.causal or self.window) and self.keys is None and self.segments is None and self.dense is None
+        given = (self.window, self.keys, self.segments, self.dense)
+        return not self.causal and all(x is None for x in given)
 
     def allowed(self, seq: int, keys: int) -> Bool[Array, "*heads seq keys"] | None:
         """The whole table for `seq` queries and `keys` keys, or None where nothing is masked."""
@@ -44,11 +47,6 @@ class Mask(eqx.Module):
             parts.append(jnp.take(self.segments, here[:, 0], mode="clip")[:, None] == self.segments[None, :])
         if self.dense is not None:
             parts.append(self.dense)
-        table = parts[0] if parts else None
-        for part in parts[1:]:
-            table = table & part if table.ndim == part.ndim else _rank(table, part.ndim) & _rank(part, table.ndim)
-        return table
-
-
-def _rank(table: Bool[Array, "*heads seq keys"], ndim: int) -> Bool[Array, "*heads seq keys"]:
-    return table[(None,) * max(ndim - table.ndim, 0)]
+        ndim = max((part.ndim for part in parts), default=0)
+        parts = [part[None] if part.ndim < ndim else part for part in parts]
+        return reduce(jnp.logical_and, parts) if parts else None

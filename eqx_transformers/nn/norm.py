@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._dtypes import wider
 from ._errors import expect_last_axis
 
 
 def _wide(x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
     # float32 at least: bfloat16 keeps 8 bits of mantissa, too few for a mean of squares over hundreds of numbers.
-    return x.astype(jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32))
+    return x.astype(wider(x.dtype, weight.dtype, jnp.float32))
 
 
 def _along(vector: Float[Array, " dim"], x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:

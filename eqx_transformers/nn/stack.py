@@ -1,11 +1,14 @@
 """A deep model's blocks: a tuple of them, or one block whose arrays have a leading layer axis."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._errors import within
@@ -51,7 +54,7 @@ class Stack(eqx.Module):
         return x
 
     def _scan(self, x: Float[Array, "*axes embed_dim"], args: tuple, key: PRNGKeyArray | None) -> Array:
-        arrays, rest = eqx.partition(self.blocks, eqx.is_array)
+        arrays, rest = eqx.partition(self.blocks, _is_array)
 
         def step(x, layer):
             i, arrays = layer
@@ -91,41 +94,62 @@ def _convert(tree: Tree, change: Callable[[Stack], Stack]) -> Tree:
     is_stack = lambda node: isinstance(node, Stack)
     if not any(map(is_stack, jax.tree.leaves(tree, is_leaf=is_stack))):
         raise ValueError(f"There is no nn.Stack in this {type(tree).__name__}: nothing to stack or unstack.")
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):  # a skeleton stays one
+        return eqx.filter_eval_shape(partial(_convert, change=change), tree)
     return jax.tree.map(lambda node: change(node) if is_stack(node) else node, tree, is_leaf=is_stack)
 
 
 def _stacked(blocks: tuple[eqx.Module, ...]) -> eqx.Module:
     if not blocks:
         raise ValueError("A Stack without blocks cannot be stacked.")
-    # Dropout rates and activations are leaves too, and jnp.stack would fail on them: stack the arrays, keep the rest.
-    arrays, rest = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
     for i, block in enumerate(blocks[1:], start=1):
         _expect_alike(blocks[0], block, i)
+    arrays, rest = zip(*(eqx.partition(block, _is_array) for block in blocks), strict=True)
+    # Dropout rates and activations are leaves too, and jnp.stack would fail on them: stack the arrays, keep the rest.
     return eqx.combine(jax.tree.map(lambda *x: jnp.stack(x), *arrays), rest[0])
 
 
 def _unstacked(block: eqx.Module) -> tuple[eqx.Module, ...]:
-    arrays, rest = eqx.partition(block, eqx.is_array)
+    arrays, rest = eqx.partition(block, _is_array)
     layer = lambda i: eqx.combine(jax.tree.map(lambda x: x[i], arrays), rest)
     return tuple(layer(i) for i in range(_depth(block)))
 
 
 def _depth(block: eqx.Module) -> int:
-    depths = {x.shape[0] for x in jax.tree.leaves(block) if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)}
-    if len(depths) != 1:
-        raise ValueError(f"The arrays of stacked blocks must share a leading layer axis, but it is {sorted(depths)}.")
-    return depths.pop()
+    shapes = {x.shape for x in jax.tree.leaves(block) if _is_array(x) or isinstance(x, jax.ShapeDtypeStruct)}
+    if len({shape[:1] for shape in shapes} - {()}) != 1 or () in shapes:
+        raise ValueError(f"The arrays of stacked blocks must share a leading layer axis; theirs are {sorted(shapes)}.")
+    return shapes.pop()[0]
+
+
+def _is_array(x: object) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def _expect_alike(first: eqx.Module, other: eqx.Module, i: int) -> None:
-    if jax.tree.structure(first) != jax.tree.structure(other):
-        raise ValueError(f"blocks.{i} differs from blocks.0 in structure or settings; stacked blocks must be alike.")
-    pairs = zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(other), strict=True)
-    for (path, a), b in pairs:
-        same = (a.shape, a.dtype) == (b.shape, b.dtype) if eqx.is_array(a) and eqx.is_array(b) else a is b or a == b
-        if not same:
-            where = jax.tree_util.keystr(path, simple=True, separator=".")
-            show = lambda x: f"{x.dtype}{list(x.shape)}" if eqx.is_array(x) else repr(x)
-            raise ValueError(
-                f"blocks.{i}.{where} is {show(b)} but blocks.0.{where} is {show(a)}; stacked blocks must be alike."
-            )
+    for path, a, b in _differences(first, other, ""):
+        raise ValueError(f"blocks.{i}{path} is {b} but blocks.0{path} is {a}; stacked blocks must be alike.")
+
+
+def _differences(a: Any, b: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """(path, first, second) of everything but the numbers in which two trees differ, static fields included."""
+    if _is_array(a) and _is_array(b):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            yield path, f"{a.dtype}{list(a.shape)}", f"{b.dtype}{list(b.shape)}"
+    elif type(a) is not type(b):
+        yield path, _described(a), _described(b)
+    elif isinstance(a, eqx.Module):
+        for field in dataclasses.fields(a):
+            yield from _differences(getattr(a, field.name, None), getattr(b, field.name, None), f"{path}.{field.name}")
+    elif isinstance(a, tuple | list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(x, y, f"{path}.{i}")
+    elif isinstance(a, dict) and a.keys() == b.keys():
+        for name in a:
+            yield from _differences(a[name], b[name], f"{path}.{name}")
+    elif a is not b and a != b:
+        yield path, _described(a), _described(b)
+
+
+def _described(x: object) -> str:
+    return f"a {type(x).__name__}" if isinstance(x, eqx.Module) or _is_array(x) else getattr(x, "__name__", repr(x))

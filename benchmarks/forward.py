@@ -1,0 +1,137 @@
+"""How fast is an encoder's forward pass, against torch and against its own matrix products?
+
+`python -m benchmarks.forward` runs RoBERTa-base's shape with random weights (the same in both), float32, with a
+tokenizer's mask. The floor is what the model's matrix products would take at the speed of a large matrix product
+measured in the same run.
+"""
+
+import argparse
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters import convert
+from eqx_transformers import ROBERTA, Encoder, stack
+
+from .timing import interleaved, machine, medians, seconds, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["8x128", "4x512"], metavar="BATCHxLENGTH")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=ROBERTA.num_layers)
+    args = parser.parse_args()
+    config = dataclasses.replace(ROBERTA, num_layers=args.layers, pooler=False)
+    model = Encoder(config, key=jax.random.key(0))
+    reference = torch_twin(model)
+    print(f"RoBERTa-base shape, {args.layers} layers, float32; {machine()}, torch {reference_version()}")
+    rows = [measure(model, reference, *map(int, size.split("x")), args.rounds) for size in args.sizes]
+    header = ["size", "torch ms", "ours ms", "stacked ms", "floor ms", "torch / ours", "ours / floor", "error"]
+    print(table([*header, "compile s", "stacked s", "first ms"], rows))
+
+
+def measure(model: Encoder, reference, batch: int, length: int, rounds: int) -> list[str]:
+    """One row: medians of calls that take turns."""
+    import torch
+
+    ids, mask = inputs(batch, length)
+    given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+    @torch.inference_mode()
+    def theirs():
+        return reference(**given).last_hidden_state.numpy()
+
+    ours, compile_s, first = compiled(model, ids, mask)
+    stacked, stacked_compile_s, _ = compiled(stack(model), ids, mask)
+    big = large_product()
+    times = medians(interleaved({"torch": theirs, "ours": ours, "stacked": stacked, "big": big.call}, rounds))
+    floor = products(model, batch, length) / (big.flops / times["big"])
+    error = float(np.abs(np.asarray(ours()) - theirs())[mask == 1].max())
+    ms = lambda name: f"{times[name] * 1e3:.0f}"
+    return [
+        f"{batch}x{length}",
+        ms("torch"),
+        ms("ours"),
+        ms("stacked"),
+        f"{floor * 1e3:.0f}",
+        f"{times['torch'] / times['ours']:.2f}",
+        f"{times['ours'] / floor:.2f}",
+        f"{error:.0e}",
+        f"{compile_s:.1f}",
+        f"{stacked_compile_s:.1f}",
+        f"{first * 1e3:.0f}",
+    ]
+
+
+def inputs(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens; the last row is padded for a quarter of its length, as a batch of texts would be."""
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(3, ROBERTA.vocab_size, (batch, length)), np.ones((batch, length), np.int64)
+    mask[-1, -length // 4 :] = 0
+    ids[mask == 0] = ROBERTA.padding_id
+    return ids, mask
+
+
+def compiled(model: Encoder, ids: np.ndarray, mask: np.ndarray):
+    """(call, seconds to trace and compile, seconds of the first call)."""
+    forward = eqx.filter_jit(lambda model, ids, mask: jax.vmap(lambda i, m: model(i, attention_mask=m))(ids, mask))
+    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+    program = []
+    compile_s = seconds(lambda: program.append(forward.lower(model, ids, mask).compile()))
+    call = lambda: program[0](model, ids, mask)
+    return call, compile_s, seconds(call)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    call: object
+    flops: float
+
+
+def large_product(n: int = 2048) -> Product:
+    """A square product, large enough to run at the machine's speed."""
+    x = jax.random.normal(jax.random.key(0), (n, n))
+    multiply = jax.jit(lambda x: jax.lax.dot_general(x, x, (((1,), (1,)), ((), ()))))
+    multiply(x).block_until_ready()
+    return Product(lambda: multiply(x), 2.0 * n**3)
+
+
+def products(model: Encoder, batch: int, length: int) -> float:
+    """Floating-point operations of the model's matrix products."""
+    c = model.config
+    dense = 4 * c.embed_dim**2 + 2 * c.embed_dim * c.mlp_dim
+    return 2.0 * batch * c.num_layers * (length * dense + 2 * length**2 * c.embed_dim)
+
+
+def torch_twin(model: Encoder):
+    """transformers' model with our numbers."""
+    import torch
+    import transformers
+
+    c = model.config
+    config = transformers.RobertaConfig(
+        vocab_size=c.vocab_size,
+        num_hidden_layers=c.num_layers,
+        max_position_embeddings=c.max_positions,
+        type_vocab_size=c.token_types,
+        layer_norm_eps=c.norm_eps,
+    )
+    twin = transformers.RobertaModel(config, add_pooling_layer=False).eval()
+    specs, get = convert.tensors(model)
+    twin.load_state_dict({name: torch.from_numpy(np.array(get(name))) for name in specs})
+    return twin
+
+
+def reference_version() -> str:
+    import torch
+    import transformers
+
+    return f"{torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The laws of conversion, over every family, head and layout.
+
+forward: 2e-5 of the reference's largest absolute value (at least 1); gradients: 1e-4 of the tensor's own largest, or of
+a hundredth of the largest of all (a key's bias has no gradient but noise). All reference parameters are perturbed.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import converters
+from converters import convert
+from converters.families import FAMILIES
+from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, stack
+from eqx_transformers.surgery import leaves_by_path
+
+from ..reference import forward, make, reference, run, save
+from ..tiny import ROWS, TINY, Row
+
+FORWARD, GRADIENT = 2e-5, 1e-4
+LAYOUTS = ("tuple", "stacked")
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@functools.cache
+def loaded(row: Row, layout: str):
+    return converters.load(reference(row).directory, stacked=layout == "stacked")
+
+
+@eqx.filter_jit
+def value_and_gradients(model, inputs, weights):
+    """One compilation serves the forward and the gradient laws of a row."""
+
+    def loss(model):
+        output = forward(model, inputs)
+        return (output * weights).sum(), output
+
+    (_, output), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+    return output, gradient
+
+
+@functools.cache
+def computed(row: Row, layout: str):
+    ref = reference(row)
+    model, _ = loaded(row, layout)
+    output, gradient = value_and_gradients(model, ref.inputs, ref.weights)
+    _, get = convert.tensors(eqx.combine(gradient, model))
+    return np.asarray(output), {name: get(name) for name in convert.paths(model)}
+
+
+@layouts
+@rows
+def test_forward_is_the_reference(row, layout):
+    ours, theirs = computed(row, layout)[0], reference(row).output
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=FORWARD * max(1.0, np.abs(theirs).max()))
+
+
+@layouts
+@rows
+def test_gradients_are_the_reference(row, layout):
+    ours, theirs = computed(row, layout)[1], reference(row).gradients
+    floor = 1e-2 * max(np.abs(g).max() for g in theirs.values())
+    unused = set(ours) - set(theirs)
+    assert all(not ours[name].any() for name in unused), "torch has no gradient here, so ours must be zero"
+    for name in ours.keys() - unused:
+        scale = max(np.abs(theirs[name]).max(), floor)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=GRADIENT * scale, err_msg=name)
+
+
+@rows
+def test_the_layouts_hold_the_same_tensors(row):
+    tuples, stacked = (convert.tensors(loaded(row, layout)[0]) for layout in LAYOUTS)
+    assert tuples[0].keys() == stacked[0].keys()
+    assert all(np.array_equal(tuples[1](name), stacked[1](name)) for name in tuples[0])
+    assert eqx.tree_equal(stack(loaded(row, "tuple")[0]), loaded(row, "stacked")[0])
+
+
+@rows
+def test_every_part_is_the_reference_and_every_tensor_the_file(row):
+    ref = reference(row)
+    verification = converters.verify(ref.directory, model=loaded(row, "tuple")[0], origin=loaded(row, "tuple")[1])
+    assert verification.passed, str(verification)
+    assert verification.max_error <= FORWARD
+    assert len(verification.layers) >= 1 + 8 * TINY[row.family]["num_hidden_layers"]
+
+
+@layouts
+@rows
+def test_export_is_bitwise_the_file_and_the_reference_loads_it_clean(row, layout, tmp_path):
+    ref = reference(row)
+    model, origin = loaded(row, layout)
+    converters.export(model, tmp_path / "export", origin)
+    given, written = (load_file(d / "model.safetensors") for d in (ref.directory, tmp_path / "export"))
+    assert given.keys() == written.keys()
+    assert all(given[k].dtype == written[k].dtype and np.array_equal(given[k], written[k]) for k in given)
+    again, info = type(ref.model).from_pretrained(
+        tmp_path / "export", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    with torch.no_grad():
+        assert torch.equal(run(again.eval(), row, ref.inputs), run(ref.model, row, ref.inputs))
+
+
+@rows
+def test_a_config_survives_the_round_trip(row, tmp_path):
+    ref = reference(row)
+    converters.export(loaded(row, "tuple")[0], tmp_path / "export", loaded(row, "tuple")[1])
+    before, after = (json.loads((d / "config.json").read_bytes()) for d in (ref.directory, tmp_path / "export"))
+    assert after == before
+
+
+@rows
+def test_a_model_made_from_scratch_is_exported_and_comes_back(row, tmp_path):
+    config = loaded(row, "tuple")[0].config
+    model = row.head(config, key=jax.random.key(3))
+    converters.export(model, tmp_path)
+    again, info = getattr(transformers, row.architecture).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    back, _ = converters.load(tmp_path)
+    assert eqx.tree_equal(model, back)
+    ours, theirs = forward(model, reference(row).inputs), run(again.eval(), row, reference(row).inputs).detach().numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=FORWARD * max(1.0, np.abs(theirs).max()))
+
+
+def broken(row: Row, directory: Path, change) -> converters.Report:
+    """The report of the row's checkpoint after `change` edited its tensors."""
+    source = reference(row).directory
+    for name in ("config.json", "modules.json", "1_Pooling/config.json"):
+        if (source / name).exists():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes((source / name).read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return converters.inspect(directory)
+
+
+@rows
+def test_any_one_key_deleted_is_reported_exactly(row, tmp_path):
+    for key in load_file(reference(row).directory / "model.safetensors"):
+        report = broken(row, tmp_path, lambda tensors, key=key: tensors.pop(key))
+        assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([key], [], []), key
+        assert not report.ok
+
+
+@rows
+def test_any_one_key_resized_is_reported_exactly(row, tmp_path):
+    for key, x in load_file(reference(row).directory / "model.safetensors").items():
+        larger = np.zeros((x.shape[0] + 1, *x.shape[1:]), x.dtype)
+        report = broken(row, tmp_path, lambda tensors, key=key, larger=larger: tensors.__setitem__(key, larger))
+        assert (list(report.missing), list(report.unexpected)) == ([], []), key
+        assert report.mismatched == {key: (x.shape, larger.shape)}
+
+
+@rows
+@pytest.mark.parametrize("key", ["surprise", "bert.encoder.layer.7.output.dense.weight", "encoder.layer.0.extra.weight"])
+def test_any_one_key_added_is_reported_exactly(row, key, tmp_path):
+    report = broken(row, tmp_path, lambda tensors: tensors.__setitem__(key, np.zeros(3, np.float32)))
+    assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([], [key], [])
+    with pytest.raises(converters.Mismatch, match=key) as caught:
+        converters.load(tmp_path)
+    assert list(caught.value.report.unexpected) == [key]
+
+
+@rows
+def test_every_fact_perturbed_changes_the_config_or_is_refused(row, tmp_path):
+    ref, family = reference(row), FAMILIES[row.family]
+    config = json.loads((ref.directory / "config.json").read_bytes())
+    fields = {one.theirs: config.get(one.theirs) for one in family.facts} | {
+        name: allowed[0] for name, allowed in family.fixed.items()
+    }
+    for name, value in fields.items():
+        other = {
+            "hidden_act": "tanh",
+            "id2label": {str(i): f"L{i}" for i in range(9)},
+            "position_embedding_type": "relative_key",
+            "classifier_dropout": 0.25,
+            "pruned_heads": {"0": [1]},
+        }.get(name) or (not value if isinstance(value, bool) else 7 if value is None else value + 1)
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: other}))
+        (tmp_path / "model.safetensors").write_bytes((ref.directory / "model.safetensors").read_bytes())
+        try:
+            plan = convert.make_plan(convert.open_directory(tmp_path), convert.Request())
+        except converters.UnsupportedConfig as error:
+            assert name in str(error) or "num_heads" in str(error)
+        else:
+            assert plan.config != loaded(row, "tuple")[0].config or name == "tie_word_embeddings", name
+
+
+# bfloat16: no further from the float32 reference than 1.1 times the reference's own bfloat16, over these many inputs
+SEEDS = 20
+BFLOAT16_ROWS = [Row("bert", MaskedLM), Row("roberta", Encoder), ROWS[-2], Row("xlm-roberta", SentenceEmbedder)]
+
+
+@layouts
+@pytest.mark.parametrize("row", BFLOAT16_ROWS, ids=lambda row: row.id)
+def test_bfloat16_is_as_near_as_the_references_own(row, layout):
+    from ..reference import inputs
+
+    ref = reference(row)
+    model, _ = converters.load(ref.directory, dtype="bfloat16", stacked=layout == "stacked")
+    assert all(x.dtype == jnp.bfloat16 for x in leaves_by_path(eqx.filter(model, eqx.is_array)).values())
+    half = make(row).to(torch.bfloat16)
+    ours, theirs = [], []
+    jitted = eqx.filter_jit(forward)
+    with torch.no_grad():
+        for seed in range(SEEDS):
+            given = inputs(row, seed)
+            truth = run(ref.model, row, given).numpy()
+            ours.append(np.asarray(jitted(model, given), np.float32) - truth)
+            theirs.append(run(half, row, given).float().numpy() - truth)
+    rms = lambda errors: float(np.sqrt(np.mean(np.square(errors))))
+    assert rms(ours) <= 1.1 * rms(theirs)
+
+
+@layouts
+def test_one_example_under_jit_is_the_row_of_the_batch(layout):
+    row = Row("roberta", MaskedLM)
+    ref = reference(row)
+    one = {name: x[1] for name, x in ref.inputs.items()}
+    call = eqx.filter_jit(lambda model, ids, **kwargs: model(ids, **kwargs))
+    ours = call(loaded(row, layout)[0], one.pop("ids"), **one)
+    np.testing.assert_allclose(ours, ref.output[1], rtol=0, atol=FORWARD * np.abs(ref.output).max())
+
+
+def test_save_makes_the_checkpoint_that_the_rows_stand_on(tmp_path):
+    """A sharded save of the same model holds the same tensors: `load` reads both alike."""
+    row = Row("bert", MaskedLM)
+    save(make(row), row, tmp_path, max_shard_size="5KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, _ = converters.load(tmp_path)
+    assert eqx.tree_equal(model, loaded(row, "tuple")[0])
