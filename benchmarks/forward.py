@@ -7,6 +7,8 @@ measured in the same run.
 
 import argparse
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,7 +22,7 @@ from .timing import interleaved, machine, medians, seconds, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="An encoder's forward pass against torch and against its own matrix products.")
     parser.add_argument("--sizes", nargs="+", default=["8x128", "4x512"], metavar="BATCHxLENGTH")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layers", type=int, default=ROBERTA.num_layers)
@@ -29,12 +31,13 @@ def main() -> None:
     model = Encoder(config, key=jax.random.key(0))
     reference = torch_twin(model)
     print(f"RoBERTa-base shape, {args.layers} layers, float32; {machine()}, torch {reference_version()}")
-    rows = [measure(model, reference, *map(int, size.split("x")), args.rounds) for size in args.sizes]
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    rows = [measure(model, reference, batch, length, args.rounds) for batch, length in sizes]
     header = ["size", "torch ms", "ours ms", "stacked ms", "floor ms", "torch / ours", "ours / floor", "error"]
     print(table([*header, "compile s", "stacked s", "first ms"], rows))
 
 
-def measure(model: Encoder, reference, batch: int, length: int, rounds: int) -> list[str]:
+def measure(model: Encoder, reference: Any, batch: int, length: int, rounds: int) -> list[str]:
     """One row: medians of calls that take turns."""
     import torch
 
@@ -72,23 +75,22 @@ def inputs(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(3, ROBERTA.vocab_size, (batch, length)), np.ones((batch, length), np.int64)
     mask[-1, -length // 4 :] = 0
-    ids[mask == 0] = ROBERTA.padding_id
-    return ids, mask
+    return np.where(mask == 1, ids, 1), mask  # 1 is RoBERTa's padding
 
 
-def compiled(model: Encoder, ids: np.ndarray, mask: np.ndarray):
+def compiled(model: Encoder, ids: np.ndarray, mask: np.ndarray) -> tuple[Callable[[], Any], float, float]:
     """(call, seconds to trace and compile, seconds of the first call)."""
     forward = eqx.filter_jit(lambda model, ids, mask: jax.vmap(lambda i, m: model(i, attention_mask=m))(ids, mask))
-    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-    program = []
-    compile_s = seconds(lambda: program.append(forward.lower(model, ids, mask).compile()))
-    call = lambda: program[0](model, ids, mask)
+    given = jnp.asarray(ids), jnp.asarray(mask)
+    programs: list[Any] = []
+    compile_s = seconds(lambda: programs.append(forward.lower(model, *given).compile()))
+    call = lambda: programs[0](model, *given)
     return call, compile_s, seconds(call)
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    call: object
+    call: Callable[[], Any]
     flops: float
 
 
@@ -107,7 +109,7 @@ def products(model: Encoder, batch: int, length: int) -> float:
     return 2.0 * batch * c.num_layers * (length * dense + 2 * length**2 * c.embed_dim)
 
 
-def torch_twin(model: Encoder):
+def torch_twin(model: Encoder) -> Any:
     """transformers' model with our numbers."""
     import torch
     import transformers

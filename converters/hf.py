@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     """One that leaves the exit to `main`, which may owe its caller a JSON object."""
 
     def error(self, message: str) -> NoReturn:
-        raise _WrongUsage(f"{message}\n{self.format_usage().strip()}")
+        raise _WrongUsage(f"{message} (--help lists what there is)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.demo:
         args.source, args.verify = str(demo.source()), True
     if _is_native(args.source) and args.out is not None:
-        parser.error(f"{args.source} is in the native format already: --out is for checkpoints (--export DIR writes one)")
+        parser.error(
+            f"{args.source} is in the native format already: --out is for checkpoints (--export DIR writes one)"
+        )
     if args.out is None and not _is_native(args.source):
         args.out = Path(f"{_name(args)}.eqx")
     return args
@@ -151,14 +153,14 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
 
 def _expect_free(args: argparse.Namespace) -> None:
     """Raises a `FileExistsError` where writing would replace something else than an earlier result."""
-    for place in (args.out, args.export):
+    for place, native in ((args.out, True), (args.export, False)):
         if place is None:
             continue
         expect_replaceable(place.absolute())
         if Path(args.source).is_dir() and place.is_dir() and place.samefile(args.source):
             raise FileExistsError(f"{place} is the source itself; choose another directory to write to.")
-        if (place / "config.json").is_file() and _is_native(place) != (place == args.out):
-            kind = "an Equinox model" if _is_native(place) else "a Hugging Face model or another one"
+        if (place / "config.json").is_file() and _is_native(place) != native:
+            kind = "a Hugging Face model" if native else "an Equinox model"
             raise FileExistsError(f"{place} holds {kind}, which would be replaced; choose another directory.")
     if args.out is not None and args.export is not None and args.out.absolute() == args.export.absolute():
         raise FileExistsError(f"--out and --export are one directory, {args.out}; choose two.")

@@ -112,15 +112,18 @@ class _Repository:
         )
 
     def _silence(self) -> str | None:
-        """Why the hub does not answer, or None if it does. Asked once: the retries of a download take half a minute."""
+        """Why the cache has to do, or None if the hub answers; asked once, where a download tries for half a minute."""
         import huggingface_hub as hub
 
         try:
             hub.get_hf_file_metadata(self._url("config.json"), token=self.token)
         except hub.errors.OfflineModeIsEnabled:
             return "HF_HUB_OFFLINE is set"
-        except hub.errors.HfHubHTTPError:
-            return None  # an answer
+        except (hub.errors.RevisionNotFoundError, hub.errors.EntryNotFoundError):
+            return None
+        except hub.errors.HfHubHTTPError as error:  # an outage, a limit, a refusal: what is cached can still be used
+            cached = hub.try_to_load_from_cache(self.repo_id, self._path("config.json"), revision=self.revision)
+            return f"it answered {error.response.status_code}" if isinstance(cached, str) else None
         except _broken_connection() as error:
             return f"{hub.constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
         return None
@@ -130,7 +133,7 @@ class _Repository:
 
         try:
             hub.get_hf_file_metadata(self._url(name), token=self.token)
-        except (hub.errors.HfHubHTTPError, _broken_connection()):
+        except (hub.errors.HfHubHTTPError, *_broken_connection()):
             return False
         return True
 

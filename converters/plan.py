@@ -17,7 +17,7 @@ from .errors import ConversionError, MalformedCheckpoint, UnsupportedConfig
 from .families import FAMILIES
 from .family import Family
 from .report import Report, examine
-from .rules import Ignore, Link, Rule, Table, Tie, expand
+from .rules import Link, Table, Tie, expand
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "head.output."  # the layer whose size is the number of labels
@@ -291,5 +291,3 @@ def _notes(untied: bool) -> tuple[str, ...]:
         )
     return ()
 
-
-__all__ = ["Ignore", "Plan", "Request", "Rule", "Spelling", "make_plan", "supported", "ties_in"]

@@ -17,7 +17,7 @@ def replacing(directory: str | os.PathLike[str], *, stale: Iterable[str] = ()) -
     something that is not a model (a directory without `config.json`): nobody's data is swept away by a wrong path.
     """
     target = Path(directory).absolute()
-    _expect_replaceable(target)
+    expect_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -30,7 +30,8 @@ def replacing(directory: str | os.PathLike[str], *, stale: Iterable[str] = ()) -
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _expect_replaceable(target: Path) -> None:
+def expect_replaceable(target: Path) -> None:
+    """Raises the `FileExistsError` of `replacing`: for those who want to know before the work."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a model is written as a directory. Choose another name.")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():

@@ -9,18 +9,21 @@ Shapes inside: q `(kv_heads, groups, seq, head_dim)`, k and v `(kv_heads, keys, 
 
 import functools
 import math
+import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Key, UInt32
 
 EMPTY = ("zeros", "uniform")
 
-# Bytes of scores that exist at once. Measured with 1 MiB of L2 a core and 32 MiB of L3 (12 heads of 64, 128 to 1024 keys):
-# below 1 MiB, starting operations costs more than they do; at 12 MiB and above the scores have left the cache.
-BLOCK = 2 * 2**20
+# Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core. Measured on 2 cores
+# with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 2 MiB, a backward pass (two such tables) at 1 + 1; a
+# quarter of that costs up to 20 % and 45 % (starting operations), four times as much up to 25 % (cache misses), all at once 200 %.
+BLOCK = 2**20 * (os.cpu_count() or 1)
 
 
 def wide(dtype):
@@ -33,18 +36,27 @@ def floor(dtype) -> float:
     return float(jnp.finfo(dtype).min)
 
 
-def keep(key, rate, heads, rows, keys: int, dtype):
-    """The factors `(*heads, rows, keys)` of dropout, 0 or `1 / (1 - rate)`: the same for a (head, row), whatever is computed with it."""
-    draw = lambda head, row: jax.random.bernoulli(
-        jax.random.fold_in(jax.random.fold_in(key, head), row), 1 - rate, (keys,)
-    )
-    kept = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(heads.reshape(-1), rows)
-    return jnp.where(kept, 1 / (1 - rate.astype(dtype)), 0).reshape(*heads.shape, *kept.shape[1:])
+# ---- dropout
 
 
-def _divisor(n: int, limit: float) -> int:
-    """The largest divisor of `n` that is at most `limit` (1 where there is none)."""
-    return next(d for d in range(n, 0, -1) if d == 1 or (n % d == 0 and d <= limit))
+def seeds(key: Key[Array, ""] | UInt32[Array, "2"], num_heads: int, seq: int) -> UInt32[Array, "num_heads seq"]:
+    """One random number for each row of weights; `keep` makes the row's dropout of it, wherever the row is computed."""
+    row = lambda head: jax.random.bits(jax.random.fold_in(key, head), (seq,))
+    return jax.vmap(row)(jnp.arange(num_heads))
+
+
+def keep(seeds: UInt32[Array, "*rows"], rate: Float[Array, ""], keys: int) -> Float[Array, "*rows keys"]:
+    """What dropout multiplies weights with: 0, or 1 / (1 - rate).
+
+    Each weight's random number is a hash of its row's seed and its key's place (multiply and shift until every bit depends
+    on all others): on a CPU, `jax.random` on all of them takes 4 times as long as the attention itself, this a tenth of it.
+    """
+    places = jnp.arange(keys, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)  # 2**32 / golden ratio: spreads neighbours
+    bits = seeds[..., None] ^ places.reshape((1,) * seeds.ndim + (keys,))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons 2018, "Prospecting for Hash Functions"
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    uniform = ((bits ^ (bits >> 16)) >> 8).astype(rate.dtype) * 2**-24
+    return jnp.where(uniform >= rate, 1 / (1 - rate), 0)
 
 
 # ---- the formula on one block
@@ -92,22 +104,20 @@ def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
     return bias if allowed is None else jnp.where(allowed, bias, floor(dtype))
 
 
-def _blocks(f: Callable, q, k, v, mask, bias, key, rate, *more):
+def _blocks(f: Callable, tables: int, q, k, v, mask, bias, seeds, rate, *more):
     """`f(q, k, v, shift, factors, *more)` on blocks of heads and rows; every result has two axes in front that count them."""
     (kv_heads, groups, seq, _), keys = q.shape, k.shape[1]
-    size = q.dtype.itemsize * groups * seq * keys
+    size = q.dtype.itemsize * groups * seq * keys * tables
     parts = kv_heads // _divisor(kv_heads, BLOCK / size), seq // _divisor(seq, seq * BLOCK / size)
     shift = _shift(mask, bias, kv_heads, seq, keys, q.dtype)
-    heads = jnp.arange(kv_heads * groups).reshape(kv_heads, groups)
+    seeds = None if seeds is None else seeds.reshape(kv_heads, groups, seq)
 
     def block(index):
         head, row = index // parts[1], index % parts[1]
-        cut = lambda x: _part(_part(x, 0, head, parts[0]), 2, row, parts[1])
-        whole = lambda x: _part(x, 0, head, parts[0])
-        factors = None
-        if key is not None:
-            factors = keep(key, rate, whole(heads), _part(jnp.arange(seq), 0, row, parts[1]), keys, q.dtype)
-        return f(cut(q), whole(k), whole(v), None if shift is None else cut(shift), factors, *map(cut, more))
+        heads = lambda x: _part(x, 0, head, parts[0])
+        rows = lambda x: None if x is None else _part(heads(x), 2, row, parts[1])
+        factors = None if seeds is None else keep(rows(seeds), rate, keys)
+        return f(rows(q), heads(k), heads(v), rows(shift), factors, *map(rows, more))
 
     count = math.prod(parts)
     results = lax.map(block, jnp.arange(count)) if count > 1 else jax.tree.map(lambda x: x[None], block(0))
@@ -144,14 +154,14 @@ def _heads_last(x):
     return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, x.shape[3])
 
 
-def _forward(empty, q, k, v, mask, bias, key, rate):
+def _forward(empty, q, k, v, mask, bias, seeds, rate):
     """The output, and what the backward pass needs besides the operands."""
-    blocks = _blocks(functools.partial(_forward_block, empty), *_heads_first(q, k, v), mask, bias, key, rate)
+    blocks = _blocks(functools.partial(_forward_block, empty), 1, *_heads_first(q, k, v), mask, bias, key, rate)
     out, top, share = map(_glue, blocks)
     return _heads_last(out), (top, share)
 
 
-def _backward(q, k, v, mask, bias, key, rate, out, rest, g):
+def _backward(q, k, v, mask, bias, seeds, rate, out, rest, g):
     out, _, _ = _heads_first(out, k, v)
     g, _, _ = _heads_first(g, k, v)
     blocks = _blocks(_backward_block, *_heads_first(q, k, v), mask, bias, key, rate, out, *rest, g)
@@ -185,13 +195,13 @@ def _looped(f: Callable, size: int) -> Callable:
     return call
 
 
-def _stage(f: Callable) -> Callable:
+def _stage(f: Callable, tables: int) -> Callable:
     """`f(q, k, ...)` of pytrees, looped under `vmap`, with a derivative: that of its own code."""
 
     def fast(*operands):
         leaves, tree = jax.tree.flatten(operands)
         q, k = operands[:2]
-        size = q.dtype.itemsize * math.prod(q.shape[:2]) * k.shape[0]
+        size = q.dtype.itemsize * math.prod(q.shape[:2]) * k.shape[0] * tables
         return _looped(lambda *leaves: f(*tree.unflatten(leaves)), size)(*leaves)
 
     stage = jax.custom_vjp(fast)
@@ -200,7 +210,7 @@ def _stage(f: Callable) -> Callable:
 
 
 def _kernel(empty: str) -> Callable:
-    forward, backward = _stage(functools.partial(_forward, empty)), _stage(_backward)
+    forward, backward = _stage(functools.partial(_forward, empty), 1), _stage(_backward, 2)
     kernel = jax.custom_vjp(lambda *operands: forward(*operands)[0])
 
     def run(*operands):
@@ -211,5 +221,5 @@ def _kernel(empty: str) -> Callable:
     return kernel
 
 
-# `(q, k, v, mask, bias, key, rate)`: q scaled, all floating arrays of the wide dtype; bias, or key and rate, may be None.
+# `(q, k, v, mask, bias, seeds, rate)`: q scaled, all floating arrays of the wide dtype; bias, or seeds and rate, may be None.
 blocked = {empty: _kernel(empty) for empty in EMPTY}

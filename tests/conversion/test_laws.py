@@ -164,7 +164,9 @@ def test_any_one_key_resized_is_reported_exactly(row, tmp_path):
 
 
 @rows
-@pytest.mark.parametrize("key", ["surprise", "bert.encoder.layer.7.output.dense.weight", "encoder.layer.0.extra.weight"])
+@pytest.mark.parametrize(
+    "key", ["surprise", "bert.encoder.layer.7.output.dense.weight", "encoder.layer.0.extra.weight"]
+)
 def test_any_one_key_added_is_reported_exactly(row, key, tmp_path):
     report = broken(row, tmp_path, lambda tensors: tensors.__setitem__(key, np.zeros(3, np.float32)))
     assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([], [key], [])

@@ -186,7 +186,9 @@ def test_any_head_stands_on_it(name, directories, tmp_path):
     key = jax.random.key(0)
     bare, _ = converters.load(directories / name, head=Encoder)
     assert bare.pooler is not None
-    classifier, origin = converters.load(directories / name, head=SequenceClassifier, labels=["no", "yes", "so"], key=key)
+    classifier, origin = converters.load(
+        directories / name, head=SequenceClassifier, labels=["no", "yes", "so"], key=key
+    )
     report = converters.inspect(directories / name, head=SequenceClassifier, labels=3)
     assert report.ok and all(path.startswith("head.") for path in report.new)
     assert any("masked-LM head" in why for why in report.dropped.values())

@@ -29,7 +29,10 @@ def random(*shape, seed=1, dtype="float32"):
     return cast(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-call = eqx.filter_jit(lambda module, x: module(x))
+@eqx.filter_jit
+def each(modules, xs):
+    """Every module on its input, compiled together: what costs time in these tests is one compilation after another."""
+    return [module(x) for module, x in zip(modules, xs, strict=True)]
 
 
 def f64(x):
@@ -84,40 +87,40 @@ LAYERS = {
     "RMSNorm with an offset": (lambda: nn.RMSNorm(IN, offset=1.0), rms_norm, torch_rms_norm),
     "MLP": (lambda: nn.MLP(IN, INNER, nn.relu, key=KEY), mlp, torch_mlp),
 }
-ONE_ROUNDING = [name for name in LAYERS if name != "MLP"]
 
 
-@pytest.mark.parametrize("axes", AXES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_its_formula_over_the_last_axis_for_any_leading_axes(name, axes):
+def test_a_layer_is_its_formula_over_the_last_axis_for_any_leading_axes(name):
     make, formula, in_torch = LAYERS[name]
-    layer, x = filled(make()), random(*axes, IN)
-    y = call(layer, x)
-    assert y.dtype == jnp.float32
-    np.testing.assert_allclose(y, formula(layer, f64(x)), rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(y, in_torch(layer, as_torch(x)).numpy(), rtol=1e-5, atol=2e-5)
+    layer, xs = filled(make()), [random(*axes, IN) for axes in AXES]
+    for x, y in zip(xs, each([layer] * len(xs), xs), strict=True):
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(y, formula(layer, f64(x)), rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(y, in_torch(layer, as_torch(x)).numpy(), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("weights", DTYPES)
-@pytest.mark.parametrize("inputs", DTYPES)
-@pytest.mark.parametrize("name", ONE_ROUNDING)
-def test_a_layer_computes_wide_and_rounds_once_to_the_inputs_dtype(name, inputs, weights):
-    make, formula, _ = LAYERS[name]
-    layer, x = filled(make(), dtype=weights), random(5, IN, dtype=inputs)
-    y, truth = call(layer, x), formula(layer, f64(x))
-    assert y.dtype == x.dtype
-    # Half a unit in the last place is what one rounding costs; a sum, a gain or a bias in half precision costs more.
-    allowed = 0.51 * float(jnp.finfo(inputs).eps) * np.abs(truth) + 3e-6
-    assert (np.abs(f64(y) - truth) <= allowed).all()
+def in_every_dtype(name):
+    """(layer, x, y) for every dtype of the weights and of the input."""
+    layers = [filled(LAYERS[name][0](), dtype=dtype) for dtype in DTYPES for _ in DTYPES]
+    xs = [random(5, IN, dtype=dtype) for _ in DTYPES for dtype in DTYPES]
+    return zip(layers, xs, each(layers, xs), strict=True)
 
 
-@pytest.mark.parametrize("weights", DTYPES)
-@pytest.mark.parametrize("inputs", DTYPES)
-def test_an_mlp_returns_its_inputs_dtype(inputs, weights):
-    layer, x = filled(LAYERS["MLP"][0](), dtype=weights), random(5, IN, dtype=inputs)
-    y, truth = call(layer, x), mlp(layer, f64(x))
-    assert y.dtype == x.dtype
-    np.testing.assert_allclose(f64(y), truth, atol=4 * float(jnp.finfo(inputs).eps) * np.abs(truth).max() + 1e-5)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "MLP"])
+def test_a_layer_computes_wide_and_rounds_once_to_the_inputs_dtype(name):
+    for layer, x, y in in_every_dtype(name):
+        truth = LAYERS[name][1](layer, f64(x))
+        assert y.dtype == x.dtype
+        # Half a unit in the last place is what one rounding costs; summing or adding in half precision costs more.
+        allowed = 0.51 * float(jnp.finfo(x.dtype).eps) * np.abs(truth) + 3e-6
+        assert (np.abs(f64(y) - truth) <= allowed).all(), (layer.weight.dtype, x.dtype)
+
+
+def test_an_mlp_rounds_to_its_inputs_dtype_after_each_of_its_layers():
+    for layer, x, y in in_every_dtype("MLP"):
+        truth = mlp(layer, f64(x))
+        assert y.dtype == x.dtype
+        np.testing.assert_allclose(f64(y), truth, atol=4 * float(jnp.finfo(x.dtype).eps) * np.abs(truth).max() + 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +143,14 @@ def test_products_are_taken_in_the_wider_dtype(inputs, weights):
 )
 def test_bfloat16_is_no_further_from_the_truth_than_torch(name, in_torch):
     make = {"Linear": lambda: nn.Linear(64, 48, key=KEY), "LayerNorm": lambda: nn.LayerNorm(64)}[name]
-    ours, theirs = [], []
-    for seed in range(20):
-        layer, x = filled(make(), seed, "bfloat16"), random(16, 64, seed=seed + 100, dtype="bfloat16")
-        truth = LAYERS[name][1](layer, f64(x))
-        ours.append(f64(call(layer, x)) - truth)
-        theirs.append(in_torch(layer, as_torch(x, torch.bfloat16)).double().numpy() - truth)
-    rms = lambda errors: np.sqrt(np.mean(np.square(errors)))
+    layers = [filled(make(), seed, "bfloat16") for seed in range(20)]
+    xs = [random(16, 64, seed=seed + 100, dtype="bfloat16") for seed in range(20)]
+    truths = [LAYERS[name][1](layer, f64(x)) for layer, x in zip(layers, xs, strict=True)]
+    ours = [f64(layer(x)) for layer, x in zip(layers, xs, strict=True)]
+    theirs = [
+        in_torch(layer, as_torch(x, torch.bfloat16)).double().numpy() for layer, x in zip(layers, xs, strict=True)
+    ]
+    rms = lambda results: np.sqrt(np.mean(np.square(np.stack(results) - truths)))
     assert 0 < rms(ours) <= 1.1 * rms(theirs)
 
 
@@ -234,15 +238,14 @@ def test_an_activation_and_its_derivative_are_torchs(name):
 
 # ---- embedding
 
+look_up = eqx.filter_jit(lambda table, ids: table(ids))
 TABLE = nn.Embedding(6, 3, padding_id=1, key=KEY)
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
-def test_an_embedding_is_rows_by_number_in_the_tables_dtype(shape):
-    ids = np.random.default_rng(0).integers(0, 6, shape)
-    for dtype in DTYPES:
-        table = filled(TABLE, dtype=dtype)
-        rows = table(jnp.asarray(ids))
+def test_an_embedding_is_rows_by_number_in_the_tables_dtype():
+    for shape, dtype in [((), "float32"), ((4,), "bfloat16"), ((2, 3), "float16")]:
+        ids, table = np.random.default_rng(0).integers(0, 6, shape), filled(TABLE, dtype=dtype)
+        rows = look_up(table, jnp.asarray(ids))
         assert rows.dtype == dtype
         np.testing.assert_array_equal(rows, np.asarray(table.weight)[ids])
 
@@ -283,9 +286,6 @@ def test_an_id_outside_that_is_closed_over_is_refused_while_tracing(bad):
     ids = jnp.array([0, bad])
     with pytest.raises(ValueError, match=f"the first is {bad}"):
         eqx.filter_eval_shape(lambda m: m(ids), TABLE)
-
-
-look_up = eqx.filter_jit(lambda table, ids: table(ids))
 
 
 @pytest.mark.parametrize("bad", OUTSIDE)

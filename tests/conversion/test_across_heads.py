@@ -1,0 +1,110 @@
+"""Any file of a family under any head of it: what is shared is read, what is not is drawn or dropped, with the reason."""
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+import converters
+from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers.surgery import leaves_by_path
+
+from ..reference import make, reference, save
+from ..tiny import SUFFIX, TINY, Row
+
+PAIRS = [(Row(family, held), wanted) for family in TINY for held in SUFFIX for wanted in SUFFIX]
+KEY = jax.random.key(7)
+
+
+def encoder(model):
+    return model if isinstance(model, Encoder) else model.backbone
+
+
+@pytest.mark.parametrize(("row", "wanted"), PAIRS, ids=lambda x: x.id if isinstance(x, Row) else x.__name__)
+def test_the_encoder_is_read_and_only_a_strange_head_is_drawn(row, wanted):
+    directory = reference(row).directory
+    model, origin = converters.load(directory, head=wanted, key=KEY)
+    own, _ = converters.load(directory)
+    report = converters.inspect(directory, head=wanted)
+    assert type(model) is wanted and report.ok
+    for part in ("embedding", "stack"):
+        assert eqx.tree_equal(getattr(encoder(model), part), getattr(encoder(own), part))
+    shared = {row.head, wanted} <= {Encoder, SentenceEmbedder} or row.head is wanted
+    allowed = () if shared or wanted in (Encoder, SentenceEmbedder) else ("head.", "backbone.pooler.")
+    assert all(path.startswith(allowed) for path in report.new) if allowed else not report.new
+    if row.head is wanted:
+        assert eqx.tree_equal(model, own) and not report.dropped
+    if row.head in (MaskedLM, SequenceClassifier) and wanted is not row.head:
+        assert report.dropped or (row.head is SequenceClassifier and row.family == "bert")
+    assert origin.dropped == report.dropped
+
+
+def test_a_pooler_that_the_file_has_is_not_drawn():
+    row = Row("bert", Encoder)
+    model, _ = converters.load(reference(row).directory, head=SequenceClassifier, labels=4, key=KEY)
+    own, _ = converters.load(reference(row).directory)
+    assert eqx.tree_equal(model.backbone.pooler, own.pooler)
+    assert model.head.output.weight.shape == (4, 21)
+
+
+def test_another_number_of_labels_draws_the_output_layer_alone():
+    row = Row("roberta", SequenceClassifier)
+    directory = reference(row).directory
+    report = converters.inspect(directory, labels=5)
+    assert report.new == {"head.output.weight": (5, 21), "head.output.bias": (5,)}
+    assert set(report.dropped) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
+    model, _ = converters.load(directory, labels=5, key=KEY)
+    own, _ = converters.load(directory)
+    assert eqx.tree_equal(model.head.dense, own.head.dense)
+    same, _ = converters.load(directory, labels=2)
+    assert eqx.tree_equal(same, own)
+
+
+def test_a_file_of_both_pretraining_heads_gives_its_masked_lm(tmp_path):
+    import transformers
+
+    row = Row("bert", MaskedLM)
+    torch_model = transformers.BertForPreTraining(transformers.BertConfig(**TINY["bert"]))
+    save(torch_model, row, tmp_path)
+    with pytest.raises(converters.UnsupportedConfig, match="BertForPreTraining"):
+        converters.load(tmp_path)
+    model, _ = converters.load(tmp_path, head=MaskedLM)
+    report = converters.inspect(tmp_path, head=MaskedLM)
+    assert not report.new and set(report.dropped) == {
+        "bert.pooler.dense.bias",
+        "bert.pooler.dense.weight",
+        "cls.seq_relationship.bias",
+        "cls.seq_relationship.weight",
+    }
+    expected = torch_model.cls.predictions.transform.dense.weight.detach().numpy()
+    assert np.array_equal(model.head.dense.weight, expected)
+
+
+def test_missing_arrays_may_be_drawn_by_name_and_strange_keys_passed_by_glob(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    row = Row("bert", SequenceClassifier)
+    save(make(row), row, tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held.pop("classifier.weight")
+    held["extra.one"] = np.zeros(3, np.float32)
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(converters.Mismatch) as caught:
+        converters.load(tmp_path, key=KEY)
+    assert list(caught.value.report.missing) == ["classifier.weight"]
+    assert list(caught.value.report.unexpected) == ["extra.one"]
+    model, origin = converters.load(tmp_path, allow_missing=["head.output.*"], allow_unexpected=["extra.*"], key=KEY)
+    assert origin.ignored == {"extra.one": "allowed by allow_unexpected"}
+    assert np.array_equal(model.head.output.bias, held["classifier.bias"])
+    loose, _ = converters.load(tmp_path, strict=False, key=KEY)
+    assert eqx.tree_equal(loose, model)
+
+
+def test_facts_are_overridden_by_our_names():
+    row = Row("roberta", MaskedLM)
+    model, _ = converters.load(reference(row).directory, override={"dropout": 0.0, "activation": "silu"})
+    own, _ = converters.load(reference(row).directory)
+    assert model.config.dropout == 0.0 and model.backbone.embedding.dropout.p == 0.0
+    assert model.backbone.stack.blocks[0].mlp.activation is not own.backbone.stack.blocks[0].mlp.activation
+    arrays = lambda tree: leaves_by_path(eqx.filter(tree, eqx.is_array))
+    assert all(np.array_equal(x, arrays(own)[path]) for path, x in arrays(model).items())
