@@ -35,8 +35,8 @@ def modern(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("expected a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
+        raise ValueError("expected a whole number (of 32 bits)")
     return value
 
 
@@ -45,6 +45,20 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise ValueError("expected a number")
     return float(value)
+
+
+def size(value: Any) -> float:
+    """A number that is not negative."""
+    if number(value) < 0:
+        raise ValueError("expected 0 or more")
+    return number(value)
+
+
+def rate(value: Any) -> float:
+    """A probability."""
+    if not 0 <= number(value) <= 1:
+        raise ValueError("expected a number from 0 to 1")
+    return number(value)
 
 
 def flag(value: Any) -> bool:
@@ -107,7 +121,7 @@ def read(
     if wrong:
         hint = " strict=False ignores unknown fields, if you know that they change nothing." if unknown else ""
         lines = "\n  ".join(wrong)
-        raise UnsupportedConfig(f"config.json has facts that would be lost:\n  {lines}\n{hint}".rstrip())
+        raise UnsupportedConfig(f"config.json has facts that are not understood:\n  {lines}\n{hint}".rstrip())
     return ours
 
 

@@ -17,7 +17,7 @@ from .errors import ConversionError, MalformedCheckpoint, UnsupportedConfig
 from .families import FAMILIES
 from .family import Family
 from .report import Report, examine
-from .rules import Link, Table, Tie, expand
+from .rules import Ignore, Link, Table, Tie, expand
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "head.output."  # the layer whose size is the number of labels
@@ -76,13 +76,14 @@ def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) ->
     spelling = Spelling.of(checkpoint.specs, family)
     names = {spelling.modern(key): key for key in checkpoint.specs}
     config = family.observe(config, model_class, frozenset(names), fields_)
-    built = skeleton(model_class, config, request.stacked)
+    built = _built(model_class, config, request, len(checkpoint.specs))
     leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
     _expect_classifier(leaves, model_class, request)
     table = family.table(config, model_class)
     links = expand(table, leaves)
     new = _new(links, leaves, names, family, architecture, model_class, request, stated.get("labels"))
     kept = tuple(link for link in links if not new.intersection(link.ours))
+    table = _with_surplus(table, kept, [link for link in links if new.intersection(link.ours)])
     report = examine(
         table,
         kept,
@@ -226,6 +227,18 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
+def _built(model_class: type, config: Any, request: Request, num_tensors: int) -> Any:
+    """The skeleton; what cannot be built is no reason for a traceback, and millions of layers none to wait."""
+    if config.num_layers > num_tensors:
+        raise UnsupportedConfig(
+            f"The config asks for {config.num_layers} layers, but all of the checkpoint is {num_tensors} tensors."
+        )
+    try:
+        return skeleton(model_class, config, request.stacked)
+    except ValueError as error:
+        raise UnsupportedConfig(f"The config describes a model that cannot be: {error}") from error
+
+
 def _dressed(directory: Path, family: Family, head: type | None) -> dict[str, Any] | None:
     """A sentence embedder's facts; one that is not understood does no harm where another model is asked for."""
     try:
@@ -283,6 +296,14 @@ def _new(
     return {path for link in links for path in link.ours if is_new(link, path)}
 
 
+def _with_surplus(table: Table, read: Sequence[Link], drawn: Sequence[Link]) -> Table:
+    """What is dropped is another head's. Beside keys that are read, one that no rule knows is a misspelling."""
+    own = [key for link in read for key in link.keys]
+    others = [one for one in table if not (isinstance(one, Ignore) and one.parameter and any(map(one.matches, own)))]
+    replaced = [Ignore(key, "its array is drawn from the key instead", parameter=True) for k in drawn for key in k.keys]
+    return (*others, *replaced)
+
+
 def _notes(untied: bool) -> tuple[str, ...]:
     if untied:
         return (
@@ -290,4 +311,3 @@ def _notes(untied: bool) -> tuple[str, ...]:
             " as transformers 5 reads it",
         )
     return ()
-

@@ -96,7 +96,8 @@ def verify(
 
     `model` and `origin` are the result of a `load` that is to be verified; without them, `source` is loaded here with
     `options`. A directory in the native format is compared with the checkpoint that its origin names.
-    Every tensor is compared bit for bit too, so that a difference shows which these inputs do not reach.
+    Every tensor is compared bit for bit too, so that a difference shows which these inputs do not reach. Where the model
+    was loaded in another dtype than the file's, the reference's numbers are rounded to that dtype first.
     Raises an `ImportError` with the pip line when torch or transformers is missing.
     """
     import_reference()
@@ -106,8 +107,9 @@ def verify(
         raise ConversionError(
             f"{source}: the checkpoint that it came from is not here any more, nothing to compare with."
         )
-    model = _float32(_plain(model))
+    model = _plain(model)
     reference = _reference(model, origin)
+    model = _float32(model)
     weights = _different_weights(model, reference)
     inputs = _inputs(model)
     with jax.default_matmul_precision("highest"):
@@ -165,12 +167,15 @@ def _reference(model: Any, origin: Origin) -> Any:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    _, get = convert.tensors(model)
+    specs, get = convert.tensors(model)
     state = reference.state_dict()
     drawn = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     with torch.no_grad():
         for name in drawn:
-            state[name].copy_(torch.from_numpy(np.array(get(name))))
+            state[name].copy_(torch.from_numpy(np.array(get(name), np.float32)))
+        for name, spec in specs.items():
+            if name in state:
+                state[name].copy_(state[name].to(getattr(torch, str(spec.dtype))))
     return reference.eval()
 
 
@@ -302,7 +307,9 @@ def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dic
         return (out * weights).sum()
 
     specs, get = convert.tensors(eqx.combine(gradient(model), model))
-    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters(remove_duplicate=False) if p.grad is not None}
+    theirs = {
+        name: p.grad.numpy() for name, p in reference.named_parameters(remove_duplicate=False) if p.grad is not None
+    }
     # A key's bias has no gradient in exact arithmetic, only noise of the size of the others' last digits: an error is
     # relative to the tensor's own largest gradient, but to no less than a hundredth of the largest of all.
     floor = 1e-2 * max(float(np.abs(g).max()) for g in theirs.values())

@@ -55,12 +55,13 @@ def _swap(fresh: Path, target: Path) -> None:
     if not target.exists():
         return os.rename(fresh, target)
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, old / target.name)
     try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(old / target.name, target)
-        raise
+        os.rename(target, old / target.name)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            os.rename(old / target.name, target)
+            raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 

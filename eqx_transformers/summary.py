@@ -3,14 +3,14 @@
 from math import prod
 from typing import Any
 
-import equinox as eqx
+import jax.numpy as jnp
 
 from .surgery.paths import is_array_like, leaves_by_path
 
 
 def num_parameters(tree: Any) -> int:
     """How many numbers the floating-point arrays of a tree hold."""
-    floats = lambda x: is_array_like(x) and eqx.is_inexact_array_like(x)
+    floats = lambda x: is_array_like(x) and jnp.issubdtype(x.dtype, jnp.inexact)
     return sum(prod(x.shape) for x in leaves_by_path(tree).values() if floats(x))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from eqx_transformers import Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
 
-from ..config import Fact, choice, fact, flag, number, optional, whole
+from ..config import Fact, choice, fact, flag, optional, rate, size, whole
 from ..rules import Ignore, Rule, Table, Tie, affine, rule
 
 ACTIVATIONS = {
@@ -54,6 +54,8 @@ def labels(default: int = 2) -> Fact:
     def read(value: Any) -> int:
         if not isinstance(value, Mapping) or not value:
             raise ValueError("expected a dictionary of label names")
+        if not all(str(i).isdigit() for i in value):
+            raise ValueError("expected whole numbers as its keys")
         return len(value)
 
     return Fact("id2label", "labels", read, label_names, label_names(default))
@@ -73,13 +75,13 @@ def facts(**defaults: Any) -> tuple[Fact, ...]:
         fact("intermediate_size", "mlp_dim", whole, 3072),
         fact("max_position_embeddings", "max_positions", whole, 512),
         fact("type_vocab_size", "token_types", whole, 2),
-        fact("layer_norm_eps", "norm_eps", number, 1e-12),
+        fact("layer_norm_eps", "norm_eps", size, 1e-12),
         choice("hidden_act", "activation", ACTIVATIONS, "gelu"),
         fact("pad_token_id", "padding_id", optional(whole), defaults["padding_id"]),
-        fact("hidden_dropout_prob", "dropout", number, 0.1),
-        fact("attention_probs_dropout_prob", "attention_dropout", number, 0.1),
-        fact("classifier_dropout", "classifier_dropout", optional(number), None),
-        fact("initializer_range", "init_std", number, 0.02),
+        fact("hidden_dropout_prob", "dropout", rate, 0.1),
+        fact("attention_probs_dropout_prob", "attention_dropout", rate, 0.1),
+        fact("classifier_dropout", "classifier_dropout", optional(rate), None),
+        fact("initializer_range", "init_std", size, 0.02),
         fact("tie_word_embeddings", "tied", flag, True),
         labels(),
     )

@@ -1,10 +1,8 @@
 """Attention on one CPU, block by block: what is computed at once stays in cache, whatever the batch.
 
-A `jax.custom_vjp` whose forward and backward are each a `jax.custom_batching.custom_vmap`: under `vmap` they loop over blocks of the
-batch. Each has a derivative of its own (of its own code), so that gradients of gradients exist as well. Without the outer
-`custom_vjp`, `grad(f)` and `vmap(grad(f))` would meet a `custom_vmap`, which has no reverse mode.
-
-Shapes inside: q `(kv_heads, groups, seq, head_dim)`, k and v `(kv_heads, keys, dim)`, scores `(kv_heads, groups, seq, keys)`.
+A `jax.custom_vjp` whose forward and backward are each a `jax.custom_batching.custom_vmap`: under `vmap` they loop over
+blocks of the batch. Each has a derivative of its own (of its own code), so that gradients of gradients exist as well.
+Without the outer `custom_vjp`, `grad(f)` and `vmap(grad(f))` would meet a `custom_vmap`, which has no reverse mode.
 """
 
 import functools
@@ -18,11 +16,10 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Key, UInt32
 
-EMPTY = ("zeros", "uniform")
-
-# Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core. Measured on 2 cores
-# with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 2 MiB, a backward pass (two such tables) at 1 + 1; a
-# quarter of that costs up to 20 % and 45 % (starting operations), four times as much up to 25 % (cache misses), all at once 200 %.
+# Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core. Measured
+# with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 1 to 2 MiB, a backward pass (two such tables) at
+# 1 MiB each. An eighth of that costs up to 40 % more (starting operations), twice as much 20 % (cache misses), and the
+# whole batch at once 4 times the forward pass.
 BLOCK = 2**20 * (os.cpu_count() or 1)
 
 
@@ -32,7 +29,7 @@ def wide(dtype):
 
 
 def floor(dtype) -> float:
-    """The score of a masked key. Finite, since a row of -inf has NaN weights; adding a score to it does not change it."""
+    """The score of a masked key. Finite, since a row of -inf has NaN weights; adding a score does not change it."""
     return float(jnp.finfo(dtype).min)
 
 
@@ -60,40 +57,43 @@ def keep(seeds: UInt32[Array, "*rows"], rate: Float[Array, ""], keys: int) -> Fl
 
 
 # ---- the formula on one block
+# q, out and g: (kv_heads, groups, seq, dim); k and v: (kv_heads, keys, dim); tables: (kv_heads, groups, seq, keys)
 
 
-def _raw(q, k, shift):
+def _scores(q, k, shift):
     scores = jnp.einsum("ngsd,ntd->ngst", q, k)
     return scores if shift is None else scores + shift
 
 
 def _forward_block(empty, q, k, v, shift, factors):
-    scores = _raw(q, k, shift)
+    scores = _scores(q, k, shift)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     share = 1 / jnp.sum(weights, axis=-1, keepdims=True)
     if empty == "zeros" and shift is not None:
         share = jnp.where(top > floor(top.dtype), share, 0)
     # Dividing the output is cheaper than dividing the weights.
-    return jnp.einsum("ngst,ntd->ngsd", weights if factors is None else weights * factors, v) * share, top, share
+    out = jnp.einsum("ngst,ntd->ngsd", weights if factors is None else weights * factors, v) * share
+    return (out, top, share), ()
 
 
-def _backward_block(q, k, v, shift, factors, out, top, share, g):
-    weights = jnp.exp(_raw(q, k, shift) - top)
+def _backward_block(biased, q, k, v, shift, factors, out, top, share, g):
+    weights = jnp.exp(_scores(q, k, shift) - top)
     g = g * share
     dv = jnp.einsum("ngst,ngsd->ntd", weights if factors is None else weights * factors, g)
     g = jnp.where(top > floor(top.dtype), g, 0)  # a uniform row depends on v alone
     dweights = jnp.einsum("ngsd,ntd->ngst", g, v)
     dweights = dweights if factors is None else dweights * factors
     dscores = weights * (dweights - jnp.sum(g * out, axis=-1, keepdims=True))
-    return jnp.einsum("ngst,ntd->ngsd", dscores, k), jnp.einsum("ngst,ngsd->ntd", dscores, q), dv, dscores
+    dq, dk = jnp.einsum("ngst,ntd->ngsd", dscores, k), jnp.einsum("ngst,ngsd->ntd", dscores, q)
+    return (dq, dscores if biased else None), (dk, dv)
 
 
 # ---- one example: blocks of heads, and of query rows where one head is too large
 
 
 def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
-    """What is added to scores, `(1 or kv_heads, 1 or groups, 1 or seq, keys)`: the bias, and the floor where `mask` forbids."""
+    """What scores are shifted by: the bias, and the floor where `mask` forbids. Axes of a table, or 1 where all are alike."""
     alike = not mask.causal and mask.window is None and mask.segments is None and mask.dense is None  # all rows are
     allowed = mask.allowed(1 if alike else seq, keys)
     if allowed is not None:
@@ -104,24 +104,42 @@ def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
     return bias if allowed is None else jnp.where(allowed, bias, floor(dtype))
 
 
-def _blocks(f: Callable, tables: int, q, k, v, mask, bias, seeds, rate, *more):
-    """`f(q, k, v, shift, factors, *more)` on blocks of heads and rows; every result has two axes in front that count them."""
+def _blocks(f: Callable, tables: int, q, k, v, mask, bias, seeds, rate, *more, totals=()):
+    """`f(q, k, v, shift, factors, *more)` on blocks of heads and of rows.
+
+    It returns results for its rows, which get two axes in front, blocks of heads and of rows; and results for its heads,
+    shaped like `totals`, to which all blocks of rows add: these get one axis in front.
+    """
     (kv_heads, groups, seq, _), keys = q.shape, k.shape[1]
-    size = q.dtype.itemsize * groups * seq * keys * tables
-    parts = kv_heads // _divisor(kv_heads, BLOCK / size), seq // _divisor(seq, seq * BLOCK / size)
+    room = BLOCK / (q.dtype.itemsize * groups * seq * keys * tables)  # how many kv_heads fit a block
+    head_parts, row_parts = kv_heads // _divisor(kv_heads, room), _row_parts(seq, room)
     shift = _shift(mask, bias, kv_heads, seq, keys, q.dtype)
     seeds = None if seeds is None else seeds.reshape(kv_heads, groups, seq)
 
-    def block(index):
-        head, row = index // parts[1], index % parts[1]
-        heads = lambda x: _part(x, 0, head, parts[0])
-        rows = lambda x: None if x is None else _part(heads(x), 2, row, parts[1])
-        factors = None if seeds is None else keep(rows(seeds), rate, keys)
-        return f(rows(q), heads(k), heads(v), rows(shift), factors, *map(rows, more))
+    def of_heads(head):
+        heads = lambda x: _part(x, 0, head, head_parts)
 
-    count = math.prod(parts)
-    results = lax.map(block, jnp.arange(count)) if count > 1 else jax.tree.map(lambda x: x[None], block(0))
-    return jax.tree.map(lambda x: x.reshape(*parts, *x.shape[1:]), results)
+        def of_rows(total, row):
+            rows = lambda x: None if x is None else _part(heads(x), 2, row, row_parts)
+            factors = None if seeds is None else keep(rows(seeds), rate, keys)
+            found, partial = f(rows(q), heads(k), heads(v), rows(shift), factors, *map(rows, more))
+            return jax.tree.map(jnp.add, total, partial), found
+
+        return lax.scan(of_rows, tuple(jnp.zeros_like(heads(x)) for x in totals), jnp.arange(row_parts))
+
+    total, found = lax.map(of_heads, jnp.arange(head_parts))
+    return found, total
+
+
+def _divisor(n: int, limit: float) -> int:
+    """The largest divisor of `n` that is at most `limit`; 1 where there is none."""
+    return next(d for d in range(n, 0, -1) if d == 1 or (n % d == 0 and d <= limit))
+
+
+def _row_parts(seq: int, room: float) -> int:
+    """In how many parts to cut the rows of a head, of which the share `room` fits a block."""
+    rows = _divisor(seq, seq * room)
+    return 1 if 4 * rows < seq * room else seq // rows  # a prime number of rows stays whole, rather than go one by one
 
 
 def _part(x, axis: int, index, parts: int):
@@ -133,14 +151,9 @@ def _part(x, axis: int, index, parts: int):
 
 
 def _glue(x):
-    """(head blocks, row blocks, kv_heads, groups, seq, dim) of blocks -> (kv_heads, groups, seq, dim) of all."""
+    """(head blocks, row blocks, kv_heads, groups, seq, dim) -> (kv_heads, groups, seq, dim)"""
     blocks, _, heads, groups, _, dim = x.shape
     return x.transpose(0, 2, 3, 1, 4, 5).reshape(blocks * heads, groups, -1, dim)
-
-
-def _add(x):
-    """(head blocks, row blocks, kv_heads, keys, dim) -> (kv_heads, keys, dim): row blocks each contribute."""
-    return jnp.sum(x, axis=1).reshape(-1, *x.shape[3:])
 
 
 def _heads_first(q, k, v):
@@ -156,41 +169,40 @@ def _heads_last(x):
 
 def _forward(empty, q, k, v, mask, bias, seeds, rate):
     """The output, and what the backward pass needs besides the operands."""
-    blocks = _blocks(functools.partial(_forward_block, empty), 1, *_heads_first(q, k, v), mask, bias, key, rate)
-    out, top, share = map(_glue, blocks)
+    block = functools.partial(_forward_block, empty)
+    found, _ = _blocks(block, 1, *_heads_first(q, k, v), mask, bias, seeds, rate)
+    out, top, share = map(_glue, found)
     return _heads_last(out), (top, share)
 
 
 def _backward(q, k, v, mask, bias, seeds, rate, out, rest, g):
-    out, _, _ = _heads_first(out, k, v)
-    g, _, _ = _heads_first(g, k, v)
-    blocks = _blocks(_backward_block, *_heads_first(q, k, v), mask, bias, key, rate, out, *rest, g)
-    dq, dk, dv, dscores = blocks
-    dbias = None if bias is None else _glue(dscores).reshape(bias.shape)
-    return _heads_last(_glue(dq)), _add(dk).swapaxes(0, 1), _add(dv).swapaxes(0, 1), None, dbias, None, None
+    (out, _, _), (g, _, _), (q, k, v) = _heads_first(out, k, v), _heads_first(g, k, v), _heads_first(q, k, v)
+    block = functools.partial(_backward_block, bias is not None)
+    found, total = _blocks(block, 2, q, k, v, mask, bias, seeds, rate, out, *rest, g, totals=(k, v))
+    dq, dbias = (None if x is None else _glue(x) for x in found)
+    dk, dv = (x.reshape(-1, *x.shape[2:]).swapaxes(0, 1) for x in total)
+    return _heads_last(dq), dk, dv, None, None if bias is None else dbias.reshape(bias.shape), None, None
 
 
 # ---- derivatives outside, the loop over the batch inside
 
 
 def _looped(f: Callable, size: int) -> Callable:
-    """`f` of arrays, whose scores take `size` bytes: under `vmap`, as many calls at once as fit a block, one block after another."""
+    """`f` of arrays, whose tables take `size` bytes: under `vmap`, as many calls at once as fit a block, then the next."""
     call = custom_vmap(f)
 
     @call.def_vmap
     def rule(n, batched, *xs):
         together = _divisor(n, BLOCK / size)
-        inner = call if together == 1 else _looped(jax.vmap(f, [0 if b else None for b in batched]), size * together)
-        if together == n:
-            out = inner(*xs)
-        else:
-            some = lambda x: x if together == 1 else x.reshape(n // together, together, *x.shape[1:])
-            merge = lambda mapped: (mapped.pop(0) if b else x for x, b in zip(xs, batched, strict=True))
-            out = lax.map(
-                lambda mapped: inner(*merge(list(mapped))), [some(x) for x, b in zip(xs, batched, strict=True) if b]
-            )
-            out = out if together == 1 else jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), out)
-        return out, jax.tree.map(lambda _: True, out)
+        inner = _looped(jax.vmap(f, [0 if b else None for b in batched]), size * together)
+
+        def some(part):
+            part = iter(part)
+            return inner(*(next(part) if b else x for x, b in zip(xs, batched, strict=True)))
+
+        cut = lambda x: x.reshape(n // together, together, *x.shape[1:])
+        out = lax.map(some, [cut(x) for x, b in zip(xs, batched, strict=True) if b])
+        return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), out), jax.tree.map(lambda _: True, out)
 
     return call
 
@@ -221,5 +233,5 @@ def _kernel(empty: str) -> Callable:
     return kernel
 
 
-# `(q, k, v, mask, bias, seeds, rate)`: q scaled, all floating arrays of the wide dtype; bias, or seeds and rate, may be None.
-blocked = {empty: _kernel(empty) for empty in EMPTY}
+# Called with `(q, k, v, mask, bias, seeds, rate)`: q scaled, floating arrays of the wide dtype; the last three may be None.
+kernels = {empty: _kernel(empty) for empty in ("zeros", "uniform")}

@@ -17,10 +17,12 @@ def within(step: str) -> Iterator[None]:
         yield
     except Exception as error:
         notes = getattr(error, "__notes__", [])
-        if notes and notes[-1].startswith(_AT):
-            notes[-1] = f"{_AT}{step}.{notes[-1].removeprefix(_AT)}"
-        else:
+        # Not always the last one: JAX adds a note of its own where an exception leaves it.
+        place = next((i for i, note in enumerate(notes) if note.startswith(_AT)), None)
+        if place is None:
             error.add_note(f"{_AT}{step}")
+        else:
+            notes[place] = f"{_AT}{step}.{notes[place].removeprefix(_AT)}"
         raise
 
 

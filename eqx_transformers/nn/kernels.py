@@ -4,11 +4,15 @@
 path that can be taken apart and differentiated in every mode. `explain` says which path `attend` takes, and why.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-from ._blocked import EMPTY, blocked, floor, keep, wide
+from . import _blocked
+from ._blocked import floor, keep, wide
 from .mask import Mask
 
 
@@ -33,11 +37,12 @@ def attend(
     - `empty`: what a query gets that may attend to nothing, `"zeros"`, or with `"uniform"` the mean of the values of all
         keys. No gradient reaches `q`, `k` or `bias` from such a row.
 
-    The softmax is computed in float32 (in float64 if `q` is), products of narrower types are accumulated in float32, and the
-    result has the dtype of `q`. Derivatives are reverse mode, to any order and under any transformation; forward mode needs `plain`.
-    Raises `ValueError` when sizes disagree. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    The softmax is computed in float32 (in float64 if `q` is), products of narrower types are summed in float32, and the
+    result has the dtype of `q`. Reverse-mode derivatives exist to any order, under any transformation, for everything
+    but `rate`; forward mode needs `plain`. Raises `ValueError` when sizes disagree.
+    Source: Vaswani et al. 2017, arXiv:1706.03762; in blocks: Dao et al. 2022, arXiv:2205.14135.
     """
-    path, _ = _choose(q, k, v, mask, bias, rate, key is not None, empty)
+    path, _ = _choose(q, k, v, mask, bias, scale, _drops(rate, key), empty)
     return _over_axes(_PATHS[path], q, k, v, mask, bias=bias, scale=scale, rate=rate, key=key, empty=empty)
 
 
@@ -58,12 +63,12 @@ def plain(
     return _over_axes(_plain, q, k, v, mask, bias=bias, scale=scale, rate=rate, key=key, empty=empty)
 
 
-def explain(q, k, v, mask: Mask, *, bias=None, rate=0.0, empty: str = "zeros") -> str:
+def explain(q, k, v, mask: Mask, *, bias=None, scale: Any = 1.0, rate: Any = 0.0, empty: str = "zeros") -> str:
     """One line: which path `attend` takes for these operands (arrays, or `jax.ShapeDtypeStruct`s), and why.
 
     A `rate` other than zero stands for a call with a key.
     """
-    return ": ".join(_choose(q, k, v, mask, bias, rate, True, empty))
+    return ": ".join(_choose(q, k, v, mask, bias, scale, _drops(rate, "a key"), empty))
 
 
 def _over_axes(path, q, k, v, mask, *, key, **rest):
@@ -78,14 +83,12 @@ def _over_axes(path, q, k, v, mask, *, key, **rest):
 def _plain(q, k, v, mask, *, bias, scale, rate, key, empty):
     (seq, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     grouped = q.reshape(seq, kv_heads, heads // kv_heads, -1)
-    scores = jnp.einsum("sngd,tnd->ngst", grouped, k, preferred_element_type=wide(q.dtype)) * jnp.asarray(
-        scale, wide(q.dtype)
-    )
+    # The scale comes after the product, in its dtype: a bfloat16 query that was scaled has been rounded twice.
+    scores = jnp.einsum("sngd,tnd->ngst", grouped, k, preferred_element_type=wide(q.dtype)) * _like(scale, q)
     weights = _weights(scores.reshape(heads, seq, keys), mask.allowed(seq, keys), bias, empty)
-    if _drops(rate, key):
-        weights = weights * keep(
-            key, jax.lax.stop_gradient(jnp.asarray(rate)), jnp.arange(heads), jnp.arange(seq), keys, weights.dtype
-        )
+    seeds, rate = _dropout(q, rate, key)
+    if seeds is not None:
+        weights = weights * keep(seeds, rate, keys)
     weights = weights.astype(v.dtype).reshape(kv_heads, -1, seq, keys)
     out = jnp.einsum("ngst,tnd->sngd", weights, v, preferred_element_type=wide(q.dtype))
     return out.reshape(seq, heads, -1).astype(q.dtype)
@@ -106,45 +109,114 @@ def _weights(
     return jnp.where(jnp.max(scores, axis=-1, keepdims=True) > least, weights, 0)
 
 
-def _blocked(q, k, v, mask, *, bias, scale, rate, key, empty):
+def _by_blocks(q, k, v, mask, *, bias, scale, rate, key, empty):
     q_, k_, v_ = (x.astype(wide(q.dtype)) for x in (q, k, v))
     bias = None if bias is None else bias.astype(wide(q.dtype))
-    key, rate = (key, jnp.asarray(rate, wide(q.dtype))) if _drops(rate, key) else (None, None)
-    return blocked[empty](q_ * jnp.asarray(scale, wide(q.dtype)), k_, v_, mask, bias, key, rate).astype(q.dtype)
+    kernel = _blocked.kernels[empty]
+    return kernel(q_ * _like(scale, q), k_, v_, mask, bias, *_dropout(q, rate, key)).astype(q.dtype)
 
 
-def _cudnn(q, k, v, mask, *, bias, scale, rate, key, empty):
-    raise NotImplementedError
+def _like(number, q):
+    """A scalar, in the dtype that attention is computed in."""
+    return jnp.asarray(number).astype(wide(q.dtype))
+
+
+def _dropout(q, rate, key):
+    """Seeds for all rows of weights, and the rate; None where nothing is dropped."""
+    if not _drops(rate, key):
+        return None, None
+    return _blocked.seeds(key, q.shape[1], q.shape[0]), jax.lax.stop_gradient(_like(rate, q))
 
 
 def _drops(rate, key) -> bool:
     return key is not None and not (isinstance(rate, int | float) and rate == 0)
 
 
-_PATHS = {"plain": _plain, "blocked": _blocked, "cudnn": _cudnn}
+def _by_cudnn(q, k, v, mask, *, bias, scale, rate, key, empty):
+    """NVIDIA's fused kernel, for what `_cudnn_refuses` lets through: no bias, no dropout, zeros for empty rows."""
+    (seq, heads, _), keys = q.shape, k.shape[0]
+    fused = functools.partial(jax.nn.dot_product_attention, scale=float(scale), implementation="cudnn")
+    # Under vmap the kernel wants q, k and v batched alike; this ties k and v to q, and XLA removes it.
+    tie = lambda x: jax.lax.select(jnp.isnan(q[0, 0, 0]), x, x)
+    if mask.is_empty or _is_causal(mask):
+        return fused(q, tie(k), tie(v), is_causal=mask.causal)
+    allowed = mask.allowed(seq, keys)
+    allowed = jnp.broadcast_to(allowed if allowed.ndim == 3 else allowed[None], (heads, seq, keys))
+    seen = jnp.any(allowed, axis=-1).swapaxes(0, 1)[..., None]
+    return jnp.where(seen, fused(q, tie(k), tie(v), mask=allowed), 0)
 
 
-def _choose(q, k, v, mask, bias, rate, keyed, empty) -> tuple[str, str]:
+def _is_causal(mask) -> bool:
+    """True where `mask` is causal and nothing else, which the fused kernel knows without a table."""
+    plainly = mask.causal and mask.window is None and isinstance(mask.offset, int) and mask.offset == 0
+    return plainly and mask.keys is None and mask.segments is None and mask.dense is None
+
+
+def _cudnn_refuses(device, q, k, v, mask, bias, scale, drops: bool, empty: str) -> str | None:
+    """Why the fused kernel cannot run, or None. Limits: `jax/_src/cudnn/fused_attention_stablehlo.py`."""
+    capability = tuple(int(x) for x in getattr(device, "compute_capability", "0.0").split("."))
+    widest = 256 if capability >= (9, 0) else 128
+    tabled = not (mask.is_empty or _is_causal(mask))
+    reasons = {
+        "the device is older than compute capability 8.0": capability < (8, 0),
+        f"{q.dtype} is not float16 or bfloat16": q.dtype not in (jnp.float16, jnp.bfloat16),
+        "q, k and v differ in dtype": not q.dtype == k.dtype == v.dtype,
+        f"head_dim {q.shape[-1]} is not a multiple of 8 up to {widest}": q.shape[-1] % 8 or q.shape[-1] > widest,
+        "value_dim differs from head_dim": v.shape[-1] != q.shape[-1],
+        "there is a bias": bias is not None,
+        "weights are dropped": drops,
+        "empty rows give the mean of all values": empty != "zeros" and tabled,
+        "the scale is traced": not isinstance(scale, int | float),
+        "the mask is a table of odd size": tabled and (q.shape[-3] % 2 or k.shape[-3] % 2),
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
+
+
+_PATHS = {"plain": _plain, "blocked": _by_blocks, "cudnn": _by_cudnn}
+
+
+def _choose(q, k, v, mask, bias, scale, drops: bool, empty: str) -> tuple[str, str]:
+    """The path, and why; known while tracing."""
     _check(q, k, v, mask, bias, empty)
-    if jax.default_backend() != "cpu":
-        return "plain", "XLA compiles the formula on this platform"
-    if jax.device_count() > 1:
-        return "plain", f"a loop over the batch would gather what is sharded over {jax.device_count()} devices"
-    return "blocked", "one CPU device, block by block"
+    device = jax.devices()[0]
+    if device.platform == "cpu" and jax.device_count() == 1:
+        return "blocked", "one CPU device, whose cache holds the scores of a block"
+    if device.platform == "cpu":
+        return "plain", f"a loop over the batch would gather what {jax.device_count()} devices hold"
+    if "nvidia" not in device.device_kind.lower():
+        return "plain", f"XLA compiles the formula for {device.device_kind}"
+    if refusal := _cudnn_refuses(device, q, k, v, mask, bias, scale, drops, empty):
+        return "plain", f"no fused kernel, {refusal}"
+    return "cudnn", f"fused kernel on {device.device_kind}"
 
 
 def _check(q, k, v, mask, bias, empty) -> None:
-    if empty not in EMPTY:
-        raise ValueError(f"empty={empty!r} is not known: it is {' or '.join(map(repr, EMPTY))}.")
-    (seq, heads, dim), (keys, kv_heads, _) = q.shape[-3:], k.shape[-3:]
-    if heads % kv_heads:
-        raise ValueError(f"num_heads: expected a multiple of the {kv_heads} key and value heads, got {heads}.")
-    for name, found, expected in (
-        ("leading axes of k", k.shape[:-3], q.shape[:-3]),
-        ("leading axes of v", v.shape[:-3], q.shape[:-3]),
-        ("head_dim of k", k.shape[-1], dim),
-        ("keys of v", v.shape[-3], keys),
-        ("num_kv_heads of v", v.shape[-2], kv_heads),
+    if empty not in _blocked.kernels:
+        raise ValueError(f"empty={empty!r} is not known: it is {' or '.join(map(repr, _blocked.kernels))}.")
+    sizes = dict(zip(("seq", "num_heads", "head_dim"), q.shape[-3:], strict=True))
+    sizes |= dict(zip(("keys", "num_kv_heads"), k.shape[-3:-1], strict=True)) | {"value_dim": v.shape[-1]}
+    table = ("num_heads", "seq", "keys")
+    _expect("k", k.shape[-3:], ("keys", "num_kv_heads", "head_dim"), sizes)
+    _expect("v", v.shape[-3:], ("keys", "num_kv_heads", "value_dim"), sizes)
+    for name, x, axes in (
+        ("bias", bias, table),
+        ("mask.keys", mask.keys, ("keys",)),
+        ("mask.segments", mask.segments, ("keys",)),
+        ("mask.dense", mask.dense, table if mask.dense is not None and mask.dense.ndim == 3 else table[1:]),
     ):
-        if found != expected:
-            raise ValueError(f"{name}: expected {expected}, got {found}.")
+        if x is not None:
+            _expect(name, x.shape, axes, sizes)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[:-3] != q.shape[:-3]:
+            raise ValueError(f"leading axes of {name}: expected those of q, {q.shape[:-3]}, got {x.shape[:-3]}.")
+    if sizes["num_heads"] % sizes["num_kv_heads"]:
+        multiple = f"a multiple of num_kv_heads = {sizes['num_kv_heads']}"
+        raise ValueError(f"num_heads of q: expected {multiple}, got {sizes['num_heads']}.")
+
+
+def _expect(name: str, shape: tuple, axes: tuple, sizes: dict) -> None:
+    if len(shape) != len(axes):
+        raise ValueError(f"{name}: expected the axes {' '.join(axes)}, got the shape {shape}.")
+    for axis, found in zip(axes, shape, strict=True):
+        if found != sizes[axis]:
+            raise ValueError(f"{axis} of {name}: expected {sizes[axis]}, got {found}.")

