@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m converters.hf",
         description="Converts a Hugging Face checkpoint to a directory that eqx_transformers loads.",
-        epilog=__doc__.split("\n", 2)[2],
+        epilog=(__doc__ or "").partition("\n\n")[2],
         allow_abbrev=False,
     )
     parser.add_argument("source", nargs="?", help="hub id, Hugging Face directory, or native directory")

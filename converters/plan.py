@@ -37,7 +37,7 @@ class Request:
 
     def __post_init__(self):
         labels = self.labels
-        if isinstance(labels, str) or (labels is not None and self.num_labels < 1):
+        if isinstance(labels, str) or (self.num_labels is not None and self.num_labels < 1):
             raise ConversionError(f"labels = {labels!r}: expected how many (at least 1), or a list of their names.")
         if not isinstance(labels, int | None) and len(set(labels)) != len(labels):
             raise ConversionError(f"labels = {list(labels)}: two labels have one name.")

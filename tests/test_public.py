@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,18 +68,19 @@ converters.x = x.converters.inspect
     assert {"load", "Mismatch", "Report"} <= set(exported(converters))
 
 
-def resolved(name: str) -> object:
-    """The object of a dotted name; None where the last step is a field that only instances have."""
-    try:
-        return pkgutil.resolve_name(name)
-    except AttributeError:
-        return None
+def resolved(name: str) -> list[object]:
+    """What a dotted name may mean: `converters.verify` is a module and, on its package, a function."""
+    package, _, last = name.rpartition(".")
+    owners = resolved(package) if package else []
+    found = [getattr(owner, last) for owner in owners if hasattr(owner, last)]
+    return [*found, sys.modules[name]] if name in sys.modules else found
 
 
 def uses() -> list[object]:
     """Objects, not names: `nn.stack` and `eqx_transformers.stack` are one."""
     files = [file for file in HERE.parent.rglob("*.py") if file != HERE]
-    return [resolved(name) for name in set().union(*(used(file.read_text()) for file in files))]
+    names = set().union(*(used(file.read_text()) for file in files))
+    return [x for name in sorted(names) for x in resolved(name)]
 
 
 USED = uses()

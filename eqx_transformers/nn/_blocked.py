@@ -16,10 +16,10 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Key, UInt32
 
-# Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core. Measured
-# with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 1 to 2 MiB, a backward pass (two such tables) at
-# 1 MiB each. An eighth of that costs up to 40 % more (starting operations), twice as much 20 % (cache misses), and the
-# whole batch at once 4 times the forward pass.
+# Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core.
+# Measured with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 1 to 2 MiB, a backward pass (two such
+# tables) at 1 MiB each. A quarter of that costs up to 40 % more (starting operations), twice as much 20 % (cache
+# misses), and the whole batch at once 4 times the forward pass.
 BLOCK = 2**20 * (os.cpu_count() or 1)
 
 
@@ -38,15 +38,16 @@ def floor(dtype) -> float:
 
 def seeds(key: Key[Array, ""] | UInt32[Array, "2"], num_heads: int, seq: int) -> UInt32[Array, "num_heads seq"]:
     """One random number for each row of weights; `keep` makes the row's dropout of it, wherever the row is computed."""
-    row = lambda head: jax.random.bits(jax.random.fold_in(key, head), (seq,))
+    row = lambda head: jax.random.bits(jax.random.fold_in(key, head), (seq,), jnp.uint32)
     return jax.vmap(row)(jnp.arange(num_heads))
 
 
 def keep(seeds: UInt32[Array, "*rows"], rate: Float[Array, ""], keys: int) -> Float[Array, "*rows keys"]:
     """What dropout multiplies weights with: 0, or 1 / (1 - rate).
 
-    Each weight's random number is a hash of its row's seed and its key's place (multiply and shift until every bit depends
-    on all others): on a CPU, `jax.random` on all of them takes 4 times as long as the attention itself, this a tenth of it.
+    Each weight's random number is a hash of its row's seed and its key's place (multiply and shift until every bit
+    depends on all others): on a CPU, `jax.random` for every weight takes 4 times as long as the attention itself, this
+    a tenth of it.
     """
     places = jnp.arange(keys, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)  # 2**32 / golden ratio: spreads neighbours
     bits = seeds[..., None] ^ places.reshape((1,) * seeds.ndim + (keys,))
@@ -93,7 +94,7 @@ def _backward_block(biased, q, k, v, shift, factors, out, top, share, g):
 
 
 def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
-    """What scores are shifted by: the bias, and the floor where `mask` forbids. Axes of a table, or 1 where all are alike."""
+    """What is added to scores: the bias, and the floor where `mask` forbids. Axes of a table, or 1 where all are alike."""
     alike = not mask.causal and mask.window is None and mask.segments is None and mask.dense is None  # all rows are
     allowed = mask.allowed(1 if alike else seq, keys)
     if allowed is not None:
@@ -107,8 +108,8 @@ def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
 def _blocks(f: Callable, tables: int, q, k, v, mask, bias, seeds, rate, *more, totals=()):
     """`f(q, k, v, shift, factors, *more)` on blocks of heads and of rows.
 
-    It returns results for its rows, which get two axes in front, blocks of heads and of rows; and results for its heads,
-    shaped like `totals`, to which all blocks of rows add: these get one axis in front.
+    It returns results for its rows, which get two axes in front, blocks of heads and of rows; and results for its
+    heads, shaped like `totals`, to which all blocks of rows add: these get one axis in front.
     """
     (kv_heads, groups, seq, _), keys = q.shape, k.shape[1]
     room = BLOCK / (q.dtype.itemsize * groups * seq * keys * tables)  # how many kv_heads fit a block
@@ -188,7 +189,7 @@ def _backward(q, k, v, mask, bias, seeds, rate, out, rest, g):
 
 
 def _looped(f: Callable, size: int) -> Callable:
-    """`f` of arrays, whose tables take `size` bytes: under `vmap`, as many calls at once as fit a block, then the next."""
+    """`f` of arrays, whose tables take `size` bytes: under `vmap`, as many calls at once as fit a block, then more."""
     call = custom_vmap(f)
 
     @call.def_vmap
@@ -233,5 +234,5 @@ def _kernel(empty: str) -> Callable:
     return kernel
 
 
-# Called with `(q, k, v, mask, bias, seeds, rate)`: q scaled, floating arrays of the wide dtype; the last three may be None.
+# Called with `(q, k, v, mask, bias, seeds, rate)`: q scaled, floating arrays of the wide dtype, the last three or None.
 kernels = {empty: _kernel(empty) for empty in ("zeros", "uniform")}

@@ -253,7 +253,7 @@ def break_number(directory):
         (["--frobnicate"], None, 2, {"error", "message"}),
         ([], None, 2, {"error", "message"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else getattr(value, "__name__", None),
 )
 def test_json_is_one_object_whatever_happens(run, argv, change, code, keys):
     if change is not None:

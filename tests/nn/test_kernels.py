@@ -338,7 +338,6 @@ def test_bfloat16_is_as_close_as_torch():
             assert ours.dtype == jnp.bfloat16
             errors[name] += np.mean((np.asarray(ours, np.float64) - exact) ** 2)
     assert errors["torch"] > 0, errors
-    print(errors)
     assert math.sqrt(errors["attend"] / errors["torch"]) <= 1.1
     assert math.sqrt(errors["plain"] / errors["torch"]) <= 1.1
 
