@@ -16,28 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import convert
-from eqx_transformers import ROBERTA, Encoder, stack
+from eqx_transformers import ROBERTA, Encoder, EncoderConfig, stack
 
 from .timing import interleaved, machine, medians, seconds, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="An encoder's forward pass against torch and against its own matrix products.")
+    parser = argparse.ArgumentParser(
+        description="An encoder's forward pass against torch and against its own matrix products."
+    )
     parser.add_argument("--sizes", nargs="+", default=["8x128", "4x512"], metavar="BATCHxLENGTH")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layers", type=int, default=ROBERTA.num_layers)
     args = parser.parse_args()
     config = dataclasses.replace(ROBERTA, num_layers=args.layers, pooler=False)
     model = Encoder(config, key=jax.random.key(0))
-    reference = torch_twin(model)
+    reference = torch_twin(model, config)
     print(f"RoBERTa-base shape, {args.layers} layers, float32; {machine()}, torch {reference_version()}")
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    rows = [measure(model, reference, batch, length, args.rounds) for batch, length in sizes]
+    rows = [measure(model, config, reference, batch, length, args.rounds) for batch, length in sizes]
     header = ["size", "torch ms", "ours ms", "stacked ms", "floor ms", "torch / ours", "ours / floor", "error"]
     print(table([*header, "compile s", "stacked s", "first ms"], rows))
 
 
-def measure(model: Encoder, reference: Any, batch: int, length: int, rounds: int) -> list[str]:
+def measure(model: Encoder, config: EncoderConfig, reference: Any, batch: int, length: int, rounds: int) -> list[str]:
     """One row: medians of calls that take turns."""
     import torch
 
@@ -52,7 +54,7 @@ def measure(model: Encoder, reference: Any, batch: int, length: int, rounds: int
     stacked, stacked_compile_s, _ = compiled(stack(model), ids, mask)
     big = large_product()
     times = medians(interleaved({"torch": theirs, "ours": ours, "stacked": stacked, "big": big.call}, rounds))
-    floor = products(model, batch, length) / (big.flops / times["big"])
+    floor = products(config, batch, length) / (big.flops / times["big"])
     error = float(np.abs(np.asarray(ours()) - theirs())[mask == 1].max())
     ms = lambda name: f"{times[name] * 1e3:.0f}"
     return [
@@ -102,19 +104,17 @@ def large_product(n: int = 2048) -> Product:
     return Product(lambda: multiply(x), 2.0 * n**3)
 
 
-def products(model: Encoder, batch: int, length: int) -> float:
+def products(c: EncoderConfig, batch: int, length: int) -> float:
     """Floating-point operations of the model's matrix products."""
-    c = model.config
     dense = 4 * c.embed_dim**2 + 2 * c.embed_dim * c.mlp_dim
     return 2.0 * batch * c.num_layers * (length * dense + 2 * length**2 * c.embed_dim)
 
 
-def torch_twin(model: Encoder) -> Any:
+def torch_twin(model: Encoder, c: EncoderConfig) -> Any:
     """transformers' model with our numbers."""
     import torch
     import transformers
 
-    c = model.config
     config = transformers.RobertaConfig(
         vocab_size=c.vocab_size,
         num_hidden_layers=c.num_layers,

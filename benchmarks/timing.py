@@ -18,7 +18,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Every candidate once a round, so that a slow moment of the machine meets all of them. The first round is not kept."""
+    """Every candidate once a round, so that a slow moment of the machine meets all; the first round is not kept."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():

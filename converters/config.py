@@ -78,7 +78,7 @@ def fact(theirs: str, ours: str, read: Callable[[Any], Any], default: Any = MISS
 
 def choice(theirs: str, ours: str, names: Mapping[str, str], default: Any = MISSING) -> Fact:
     """A fact with a vocabulary: their words to ours. Where several of theirs mean one of ours, the first is written."""
-    back = {our: their for their, our in reversed(names.items())}
+    back = {our: their for their, our in reversed(list(names.items()))}
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or value not in names:

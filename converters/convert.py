@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -344,13 +343,15 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
 
 
 def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:
-    beside = Path(origin.directory) if origin is not None and origin.directory else None
-    for name in origin.files if origin is not None and beside is not None else ():
-        if (beside / name).is_file() and not (fresh / name).exists():
-            (fresh / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(beside / name, fresh / name)
-    if hasattr(model, "pooling") and not (fresh / "modules.json").exists():
-        sentence.write(fresh, model.config.embed_dim, model.config.pooling, model.config.normalize)
+    """The files beside the weights; sentence-transformers' own only where they say what the model does."""
+    config = model.config
+    if hasattr(model, "pooling"):
+        sentence.write(fresh, config.embed_dim, config.pooling, config.normalize)
+    if origin is None or origin.directory is None:
+        return
+    for path in (Path(origin.directory) / name for name in origin.files if name not in sentence.FILES):
+        if path.is_file():
+            (fresh / path.name).write_bytes(path.read_bytes())
 
 
 def _shards(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> dict[str, list[str]]:

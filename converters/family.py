@@ -19,8 +19,8 @@ class Family:
     - `carries`: further architectures whose files hold the tensors of these classes of ours.
     - `prefix`: what stands before the encoder's keys in a file with a head (`bert.`); a bare encoder's has nothing.
     - `facts`, `fixed`, `irrelevant`: see `config.read`.
-    - `table(config, model_class)`: rules, ties and ignored keys, with keys as in a file with a head, in modern spelling.
-    - `observe(config, model_class, keys, fields)`: the config with what only the tensors decide (a tied decoder, a pooler).
+    - `table(config, model_class)`: rules, ties, ignored keys; keys as in a file with a head, in today's spelling.
+    - `observe(config, model_class, keys, fields)`: the config with what only the tensors decide, such as a pooler.
     - `legacy`: endings of old key names and what they are called now.
     - `probes(model_class)`: our modules and theirs that compute the same, in order of execution; `{i}` is a layer.
     """

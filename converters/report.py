@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Report:
-    """What becomes of every key of a checkpoint and of every array of a model. Keys are spelled as the file spells them.
+    """What becomes of every key of a checkpoint (spelled as the file spells it) and of every array of a model.
 
     - `missing`: keys that an array needs and the file lacks, with the array's path
     - `unexpected`: keys that nothing needs, with the nearest name that is known

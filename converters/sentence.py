@@ -7,6 +7,9 @@ from typing import Any
 from .checkpoint import read_json
 from .errors import MalformedCheckpoint, UnsafeCheckpoint, UnsupportedConfig
 
+# What `write` writes. Other files of sentence-transformers state no facts of the model and are copied.
+FILES = ("modules.json", "1_Pooling/config.json")
+
 POOLING = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 

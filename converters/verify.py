@@ -1,6 +1,5 @@
 """The proof of a conversion: the reference library and ours on the same inputs, layer by layer."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +95,8 @@ def verify(
 
     `model` and `origin` are the result of a `load` that is to be verified; without them, `source` is loaded here with
     `options`. A directory in the native format is compared with the checkpoint that its origin names.
-    Every tensor is compared bit for bit too, so that a difference shows which these inputs do not reach. Where the model
-    was loaded in another dtype than the file's, the reference's numbers are rounded to that dtype first.
+    Every tensor is compared bit for bit too, so that a difference shows which these inputs do not reach. Where the
+    model was loaded in another dtype than the file's, the reference's numbers are rounded to that dtype first.
     Raises an `ImportError` with the pip line when torch or transformers is missing.
     """
     import_reference()
@@ -190,7 +189,7 @@ def _different_weights(model: Any, reference: Any) -> dict[str, str]:
 
 
 def _inputs(model: Any) -> dict[str, np.ndarray]:
-    """Random rows: a whole one, one padded right, one padded left, a short one; token types where the model has them."""
+    """Random rows: a whole one, one padded right, one padded left, a short one; random token types."""
     config, rng = model.config, np.random.default_rng(SEED)
     first = 0 if config.positions == "index" else config.padding_id + 1
     length = min(LENGTH, config.max_positions - first)
@@ -322,11 +321,3 @@ def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
     return float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))
-
-
-def environment() -> str:
-    """The versions that a verification ran with."""
-    import torch
-    import transformers
-
-    return f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} CPUs"

@@ -110,7 +110,7 @@ def _described(directory: Path) -> dict[str, Any]:
 
 def _plain(described: dict[str, Any]) -> Any:
     config_class = CONFIGS[described["config"]]
-    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in described["facts"].items()}
+    facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["facts"].items()}
     known = {f.name for f in dataclasses.fields(config_class)}
     if strange := sorted(facts.keys() - known):
         raise FormatError(f"config.json states {', '.join(strange)}, which {config_class.__name__} does not have.")

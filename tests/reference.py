@@ -95,7 +95,8 @@ def reference(row: Row) -> Reference:
     output = run(model, row, given)
     weights = np.random.default_rng(1).standard_normal(tuple(output.shape)).astype(np.float32)
     (output * torch.from_numpy(weights)).sum().backward()
-    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    gradients = {name: p.grad.numpy().copy() for name, p in parameters.items() if p.grad is not None}
     model.zero_grad()
     return Reference(row, directory, model, given, output.detach().numpy(), weights, gradients)
 

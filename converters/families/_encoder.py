@@ -34,17 +34,76 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 # Fields that do not change what the network computes from its inputs.
 IRRELEVANT = frozenset(
-    "architectures model_type transformers_version dtype torch_dtype _name_or_path use_cache gradient_checkpointing"
-    " bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id tokenizer_class prefix"
-    " id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params language"
-    " output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 chunk_size_feed_forward"
-    " attn_implementation _attn_implementation _attn_implementation_autoset xla_device directionality"
-    " pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
-    " max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p"
-    " typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids"
-    " num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id"
-    " remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens"
-    " tf_legacy_loss use_flash_attn".split()
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "use_cache",
+        "gradient_checkpointing",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "mask_token_id",
+        "decoder_start_token_id",
+        "tokenizer_class",
+        "prefix",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "_num_labels",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+        "language",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "return_dict",
+        "torchscript",
+        "use_bfloat16",
+        "chunk_size_feed_forward",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "xla_device",
+        "directionality",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "tf_legacy_loss",
+        "use_flash_attn",
+    ]
 )
 
 

@@ -1,4 +1,4 @@
-"""BERT: google-bert/bert-base-uncased and its kin. Reference: transformers' `models/bert`."""
+"""BERT: google-bert/bert-base-uncased and its kin. Reference: transformers' bert."""
 
 from eqx_transformers import BERT, Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
 

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-R: FacebookAI/roberta-base, xlm-roberta-base and their kin. Reference: transformers' `models/roberta`."""
+"""RoBERTa and XLM-R: FacebookAI/roberta-base, xlm-roberta-base and their kin. Reference: transformers' roberta."""
 
 from dataclasses import replace
 

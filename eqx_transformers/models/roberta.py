@@ -149,7 +149,8 @@ class EncoderEmbedding(eqx.Module):
 
         Raises a `ValueError` when the sequence is longer than the table can hold.
         """
-        first = 0 if self.rule == "index" else self.padding_id + 1
+        before = -1 if self.padding_id is None else self.padding_id  # "after_padding" always has one
+        first = 0 if self.rule == "index" else before + 1
         room, seq = self.positions.vocab_size - first, token_ids.shape[-1]
         if segment_ids is None and seq > room:
             raise ValueError(
@@ -157,11 +158,10 @@ class EncoderEmbedding(eqx.Module):
                 f" {room} ({self.positions.vocab_size} rows, the first {first} not for tokens). Truncate it when"
                 " tokenizing, or pass position_ids."
             )
-        real = (
-            jnp.ones_like(token_ids) if self.rule == "index" else (token_ids != self.padding_id).astype(token_ids.dtype)
-        )
+        counted = jnp.ones_like(token_ids, bool) if self.rule == "index" else token_ids != before
+        real = counted.astype(token_ids.dtype)
         count = jnp.cumsum(real) - _before_segment(real, segment_ids)
-        return count - 1 if self.rule == "index" else count * real + self.padding_id
+        return count - 1 if self.rule == "index" else count * real + before
 
 
 def _before_segment(real: Int[Array, " seq"], segment_ids: Int[Array, " seq"] | None) -> Int[Array, " seq"]:
@@ -259,9 +259,9 @@ class Encoder(eqx.Module):
         `key` switches dropout on. Raises a `ValueError` for a batch (`jax.vmap` the model), for inputs of different
         lengths, and for floating-point ids or masks.
         """
-        ids = _ids("token_ids", token_ids)
+        ids: Any = _ids("token_ids", token_ids)
         segments = _ids("segment_ids", segment_ids, ids)
-        mask = _mask(attention_mask, segments, ids.shape[-1])
+        mask = _mask(attention_mask, segments, len(ids))
         embed, blocks = (None, None) if key is None else jax.random.split(key)
         with within("embedding"):
             x = self.embedding(

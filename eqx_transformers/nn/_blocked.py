@@ -94,7 +94,7 @@ def _backward_block(biased, q, k, v, shift, factors, out, top, share, g):
 
 
 def _shift(mask, bias, kv_heads: int, seq: int, keys: int, dtype):
-    """What is added to scores: the bias, and the floor where `mask` forbids. Axes of a table, or 1 where all are alike."""
+    """What is added to scores: the bias, and the floor where `mask` forbids. Axes of a table, or 1 where alike."""
     alike = not mask.causal and mask.window is None and mask.segments is None and mask.dense is None  # all rows are
     allowed = mask.allowed(1 if alike else seq, keys)
     if allowed is not None:

@@ -47,7 +47,7 @@ class Stack(eqx.Module):
         return run(x, args, key)
 
     def _loop(self, x: Float[Array, "*axes embed_dim"], args: tuple, key: PRNGKeyArray | None) -> Array:
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks):  # pyright: ignore[reportArgumentType]
             step = eqx.filter_checkpoint(_apply) if self.remat else _apply
             with within(f"blocks.{i}"):
                 x = step(block, x, args, _fold(key, i))
@@ -99,7 +99,7 @@ def _convert(tree: Tree, change: Callable[[Stack], Stack]) -> Tree:
     return jax.tree.map(lambda node: change(node) if is_stack(node) else node, tree, is_leaf=is_stack)
 
 
-def _stacked(blocks: tuple[eqx.Module, ...]) -> eqx.Module:
+def _stacked(blocks: Any) -> eqx.Module:
     if not blocks:
         raise ValueError("A Stack without blocks cannot be stacked.")
     for i, block in enumerate(blocks[1:], start=1):
@@ -109,7 +109,7 @@ def _stacked(blocks: tuple[eqx.Module, ...]) -> eqx.Module:
     return eqx.combine(jax.tree.map(lambda *x: jnp.stack(x), *arrays), rest[0])
 
 
-def _unstacked(block: eqx.Module) -> tuple[eqx.Module, ...]:
+def _unstacked(block: Any) -> tuple[eqx.Module, ...]:
     arrays, rest = eqx.partition(block, _is_array)
     layer = lambda i: eqx.combine(jax.tree.map(lambda x: x[i], arrays), rest)
     return tuple(layer(i) for i in range(_depth(block)))

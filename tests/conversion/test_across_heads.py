@@ -1,4 +1,4 @@
-"""Any file of a family under any head of it: what is shared is read, what is not is drawn or dropped, with the reason."""
+"""Any file of a family under any head of it: what is shared is read, the rest is drawn or dropped, with the reason."""
 
 import equinox as eqx
 import jax

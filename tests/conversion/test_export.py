@@ -33,7 +33,7 @@ def test_shards_hold_the_same_tensors_and_the_reference_reads_them(size, tmp_pat
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in given.values())
     for key, name in index["weight_map"].items():
         assert np.array_equal(load_file(tmp_path / "out" / name)[key], given[key])
-    again, info = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    _, info = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert eqx.tree_equal(converters.load(tmp_path / "out")[0], model)
     limit = 20_000 if size == "20 KB" else 2000

@@ -209,7 +209,7 @@ def test_a_drawn_head_differs_with_the_key_and_needs_one(directories):
     )[0]
     assert not np.array_equal(load(0).head.output.weight, load(1).head.output.weight)
     assert np.array_equal(load(0).head.output.weight, load(0).head.output.weight)
-    with pytest.raises(converters.ConversionError, match="head.output.weight.*key="):
+    with pytest.raises(converters.ConversionError, match=r"head\.output\.weight.*key="):
         converters.load(directories / "roberta-base", head=SequenceClassifier, labels=2)
 
 
@@ -232,5 +232,5 @@ def test_two_names_of_one_bias_that_differ_are_refused(directories, tmp_path):
     held["lm_head.decoder.bias"] = held["lm_head.bias"] + 1
     save_file(held, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(ROBERTA))
-    with pytest.raises(converters.MalformedCheckpoint, match="lm_head.decoder.bias and lm_head.bias"):
+    with pytest.raises(converters.MalformedCheckpoint, match=r"lm_head\.decoder\.bias and lm_head\.bias"):
         converters.load(tmp_path)
