@@ -37,17 +37,18 @@ def fetch(
 ) -> Path:
     """Downloads what a conversion needs (or finds it in the cache) and returns its directory.
 
-    All files are of one commit. The weights come last, so that a cache that has them has all the rest. A hub that
+    All files are of one commit (asked for by its hash, where the hub knows hashes). The weights come last, so that a cache that has them has all the rest. A hub that
     cannot be reached is known within seconds; the cache then has to do. Raises `SourceNotFound` for a repository,
     revision or network that is not there, `MalformedCheckpoint` for a repository without safetensors.
     """
     import_hub()
     repository = _Repository(repo_id, revision, subfolder, token, local_files_only)
     directory = repository.open()
-    for name in COMPANIONS:
-        repository.find(name)
-    if repository.find(WEIGHTS) is None:
-        repository.get_shards()
+    found = [repository.find(name) for name in (*COMPANIONS, WEIGHTS)]
+    if found[-1] is None:
+        found += repository.get_shards()
+    if any(path is not None and directory not in path.parents for path in found):
+        raise SourceNotFound(f"{repo_id} changed while it was being downloaded. Run again, or pin a revision.")
     return directory
 
 
@@ -67,7 +68,9 @@ class _Repository:
         """The directory of config.json; from here on, everything is of the commit that this file is of."""
         config = self.get("config.json")
         if self.offline is None:
-            self.revision = config.parents[len(PurePosixPath(self.subfolder or "").parts)].name
+            asked, self.revision = self.revision, config.parents[len(PurePosixPath(self.subfolder or "").parts)].name
+            if not self._exists("config.json"):  # a mirror that knows branches only
+                self.revision = asked
         return config.parent
 
     def get(self, name: str) -> Path:
@@ -84,13 +87,17 @@ class _Repository:
         except _Absent:
             return None
 
-    def get_shards(self) -> None:
+    def get_shards(self) -> list[Path]:
         index = self.find(INDEX)
         if index is None:
             raise self._without_weights()
-        for shard in sorted(set(read_weight_map(index).values())):
-            if self.find(shard) is None:
-                raise self._unless_offline(f"{INDEX} names {shard}, which the repository does not have", shard)
+        return [index, *(self._shard(name) for name in sorted(set(read_weight_map(index).values())))]
+
+    def _shard(self, name: str) -> Path:
+        shard = self.find(name)
+        if shard is None:
+            raise self._unless_offline(f"{INDEX} names {name}, which the repository does not have", name)
+        return shard
 
     def _without_weights(self) -> Exception:
         other = None if self.offline else next((name for name in OTHERS if self._exists(name)), None)

@@ -33,12 +33,12 @@ ROBERTA, SENTENCES = Row("roberta", MaskedLM), Row("bert", SentenceEmbedder)
 class Hub:
     """`repositories[name][revision]` is {path: bytes}. `refuse` gives (status, error code) for a repository;
     `cut` a number of bytes after which a file's connection drops. `plain`: a server that states no error codes;
-    `headless`: no commits either. `moved`: which revision a branch is now; `during(method, path)` runs in each answer.
+    `headless`: no commits either; `hashless`: it does not answer for them. `moved`: which revision a branch is now; `during(method, path)` runs in each answer.
     """
 
     def __init__(self):
         self.repositories, self.refuse, self.cut, self.asked = {}, {}, {}, []
-        self.plain = self.headless = False
+        self.plain = self.headless = self.hashless = False
         self.moved, self.during = {}, lambda method, path: None
         hub = self
 
@@ -89,7 +89,7 @@ class Hub:
             return 404, "RepoNotFound", b"", ""
         commits = {commit_of(name, r): files for r, files in self.repositories[name].items()}
         commit = revision if revision in commits else commit_of(name, self.moved.get(revision, revision))
-        if commit not in commits:
+        if commit not in commits or (self.hashless and revision in commits):
             return 404, "RevisionNotFound", b"", ""
         if file not in commits[commit]:
             return 404, "EntryNotFound", b"", commit
@@ -223,6 +223,19 @@ def test_all_files_are_of_the_commit_that_the_config_is_of(hub):
     assert hub.moved and equal(model, expected())
     assert Path(origin.directory).name == commit_of("owner/name", "main")
     assert not equal(converters.load("owner/name")[0], expected())
+
+
+def test_a_mirror_that_knows_branches_only_will_do(hub):
+    hub.hashless = True
+    assert equal(converters.load("owner/name")[0], expected())
+    assert not equal(converters.load("owner/name", revision="second")[0], expected())
+
+
+def test_a_branch_that_moves_there_is_noticed(hub):
+    hub.hashless = True
+    hub.during = lambda method, path: hub.moved.update(main="second") if method == "GET" and "config" in path else None
+    with pytest.raises(converters.SourceNotFound, match="changed while it was being downloaded"):
+        converters.load("owner/name")
 
 
 def test_the_command_line_asks_for_each_file_once(hub):
