@@ -314,7 +314,7 @@ def export(
         )
     specs, get = tensors(model)
     shards = _shards(specs, _bytes(max_shard_size))
-    with replacing(directory, stale=STALE) as fresh:
+    with replacing(directory, stale=STALE, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
         _dump(fresh / "config.json", _config_json(model, origin, specs))
         for name, keys in shards.items():
             tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})

@@ -37,9 +37,10 @@ def fetch(
 ) -> Path:
     """Downloads what a conversion needs (or finds it in the cache) and returns its directory.
 
-    All files are of one commit (asked for by its hash, where the hub knows hashes). The weights come last, so that a cache that has them has all the rest. A hub that
-    cannot be reached is known within seconds; the cache then has to do. Raises `SourceNotFound` for a repository,
-    revision or network that is not there, `MalformedCheckpoint` for a repository without safetensors.
+    All files are of one commit (asked for by its hash, where the hub knows hashes). The weights come last, so that a
+    cache that has them has all the rest. A hub that cannot be reached is known within seconds; the cache then has to
+    do. Raises `SourceNotFound` for a repository, revision or network that is not there, `MalformedCheckpoint` for a
+    repository without safetensors.
     """
     import_hub()
     repository = _Repository(repo_id, revision, subfolder, token, local_files_only)

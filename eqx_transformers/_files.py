@@ -3,21 +3,27 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike[str], *, stale: Iterable[str] = ()) -> Iterator[Path]:
+def replacing(
+    directory: str | os.PathLike[str],
+    *,
+    stale: Iterable[str] = (),
+    replaceable: Callable[[Path], bool] = lambda _: True,
+) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its place when the block ends without an error.
 
     Files of an earlier model there that were not written anew stay, but for those that match the globs `stale`.
     Until the last rename the old directory is whole. Raises a `FileExistsError` when `directory` is a file, or holds
-    something that is not a model (a directory without `config.json`): nobody's data is swept away by a wrong path.
+    something that is not a model (a directory without `config.json`), or not a `replaceable` one: nobody's data is
+    swept away by a wrong path.
     """
     target = Path(directory).absolute()
-    expect_replaceable(target)
+    expect_replaceable(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -30,7 +36,7 @@ def replacing(directory: str | os.PathLike[str], *, stale: Iterable[str] = ()) -
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def expect_replaceable(target: Path) -> None:
+def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambda _: True) -> None:
     """Raises the `FileExistsError` of `replacing`: for those who want to know before the work."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a model is written as a directory. Choose another name.")
@@ -39,6 +45,10 @@ def expect_replaceable(target: Path) -> None:
         raise FileExistsError(
             f"{target} exists and is not a model directory (it has no config.json; it has {found}, …)."
             " Choose a new or empty directory."
+        )
+    if (target / "config.json").is_file() and not replaceable(target):
+        raise FileExistsError(
+            f"{target} holds a model in another format, which would be lost. Choose another directory."
         )
 
 

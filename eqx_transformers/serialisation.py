@@ -49,7 +49,8 @@ def save(
         raise ValueError(_EDITED.format(edits="\n  ".join(found)))
     arrays = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
     specs = {path: jax.ShapeDtypeStruct(x.shape, _dtype(path, x)) for path, x in arrays.items()}
-    with replacing(directory, stale=("*.safetensors", "extras.json", "origin.json")) as fresh:
+    stale = ("*.safetensors", "extras.json", "origin.json")
+    with replacing(directory, stale=stale, replaceable=is_native) as fresh:
         _dump(fresh / "config.json", _describe(model, edited))
         _pack(fresh, extras or {})
         tensor_file.write(fresh / "model.safetensors", specs, lambda path: np.asarray(arrays[path]), {"format": FORMAT})

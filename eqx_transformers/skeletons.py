@@ -1,15 +1,15 @@
 """The tree that a config builds, without its arrays; and where a model differs from it."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from .nn import Stack, stack
-from .surgery.paths import is_array_like, spell
+from .nn import Stack, _trees, stack
+from .nn._trees import describe, is_array_like
+from .surgery.paths import spell
 
 # How a model runs, not what it computes: such a leaf may differ from the config's skeleton.
 HOW_TO_RUN = ("attend", "remat", "inference")
@@ -46,33 +46,14 @@ def differences(model: Any) -> list[str]:
 
     dtypes, and the leaves that only say how to run (`HOW_TO_RUN`), are no difference.
     """
-    return list(_compare(model, skeleton(type(model), model.config, stacked_paths(model)), ""))
+    built = skeleton(type(model), model.config, stacked_paths(model))
+    found = _trees.differences(model, built, dtypes=False, ignore=HOW_TO_RUN)
+    return [f"{path or 'the model'} {_said(ours, theirs)}" for path, ours, theirs in found]
 
 
-def _compare(ours: Any, built: Any, path: str) -> Iterator[str]:
-    at = path or "the model"
+def _said(ours: Any, built: Any) -> str:
     if is_array_like(ours) and is_array_like(built):
-        if ours.shape != built.shape:
-            yield f"{at} has shape {tuple(ours.shape)} where the config builds {tuple(built.shape)}"
-    elif type(ours) is not type(built):
-        yield f"{at} is {_name(ours)} where the config builds {_name(built)}"
-    elif isinstance(ours, eqx.Module):
-        for field in dataclasses.fields(ours):
-            if field.name not in HOW_TO_RUN:
-                step = f"{path}.{field.name}" if path else field.name
-                yield from _compare(getattr(ours, field.name, None), getattr(built, field.name, None), step)
-    elif isinstance(ours, tuple | list) and len(ours) == len(built):
-        for i, (a, b) in enumerate(zip(ours, built, strict=True)):
-            yield from _compare(a, b, f"{path}.{i}")
-    elif isinstance(ours, tuple | list):
-        yield f"{at} holds {len(ours)} where the config builds {len(built)}"
-    elif ours is not built and ours != built:
-        yield f"{at} is {_name(ours)} where the config builds {_name(built)}"
-
-
-def _name(x: Any) -> str:
-    if isinstance(x, eqx.Module):
-        return f"a {type(x).__name__}"
-    if is_array_like(x):
-        return f"an array {tuple(x.shape)}"
-    return getattr(x, "__name__", None) or repr(x)
+        return f"has shape {tuple(ours.shape)} where the config builds {tuple(built.shape)}"
+    if isinstance(ours, tuple | list) and isinstance(built, tuple | list):
+        return f"holds {len(ours)} where the config builds {len(built)}"
+    return f"is {describe(ours)} where the config builds {describe(built)}"

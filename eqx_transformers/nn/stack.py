@@ -1,7 +1,6 @@
 """A deep model's blocks: a tuple of them, or one block whose arrays have a leading layer axis."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._errors import within
+from ._trees import describe, differences
 
 Tree = TypeVar("Tree")
 
@@ -127,29 +127,6 @@ def _is_array(x: object) -> bool:
 
 
 def _expect_alike(first: eqx.Module, other: eqx.Module, i: int) -> None:
-    for path, a, b in _differences(first, other, ""):
-        raise ValueError(f"blocks.{i}{path} is {b} but blocks.0{path} is {a}; stacked blocks must be alike.")
-
-
-def _differences(a: Any, b: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """(path, first, second) of everything but the numbers in which two trees differ, static fields included."""
-    if _is_array(a) and _is_array(b):
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            yield path, f"{a.dtype}{list(a.shape)}", f"{b.dtype}{list(b.shape)}"
-    elif type(a) is not type(b):
-        yield path, _described(a), _described(b)
-    elif isinstance(a, eqx.Module):
-        for field in dataclasses.fields(a):
-            yield from _differences(getattr(a, field.name, None), getattr(b, field.name, None), f"{path}.{field.name}")
-    elif isinstance(a, tuple | list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from _differences(x, y, f"{path}.{i}")
-    elif isinstance(a, dict) and a.keys() == b.keys():
-        for name in a:
-            yield from _differences(a[name], b[name], f"{path}.{name}")
-    elif a is not b and a != b:
-        yield path, _described(a), _described(b)
-
-
-def _described(x: object) -> str:
-    return f"a {type(x).__name__}" if isinstance(x, eqx.Module) or _is_array(x) else getattr(x, "__name__", repr(x))
+    for path, a, b in differences(first, other):
+        at = f".{path}" if path else ""
+        raise ValueError(f"blocks.{i}{at} is {describe(b)} but blocks.0{at} is {describe(a)}; they must be alike.")

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import jax
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
+
+from ..nn._trees import is_array_like as is_array_like
 
 
 def spell(path: KeyPath) -> str:
@@ -14,8 +15,3 @@ def spell(path: KeyPath) -> str:
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Every leaf of a tree by its spelled path, in the tree's own order. Only real leaves count: None is no leaf."""
     return {spell(path): leaf for path, leaf in tree_leaves_with_path(tree)}
-
-
-def is_array_like(leaf: Any) -> bool:
-    """Whether a leaf is an array, or stands for one in a skeleton."""
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or type(leaf).__module__ == "numpy"

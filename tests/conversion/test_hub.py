@@ -33,7 +33,8 @@ ROBERTA, SENTENCES = Row("roberta", MaskedLM), Row("bert", SentenceEmbedder)
 class Hub:
     """`repositories[name][revision]` is {path: bytes}. `refuse` gives (status, error code) for a repository;
     `cut` a number of bytes after which a file's connection drops. `plain`: a server that states no error codes;
-    `headless`: no commits either; `hashless`: it does not answer for them. `moved`: which revision a branch is now; `during(method, path)` runs in each answer.
+    `headless`: no commits either; `hashless`: it does not answer for them. `moved`: which revision a branch is now;
+    `during(method, path)` runs in each answer.
     """
 
     def __init__(self):

@@ -330,3 +330,11 @@ def test_a_loaded_array_does_not_alias_the_file(saved):
         file.seek(size // 2)
         file.write(b"\xff" * (size - size // 2))
     assert same(loaded, model)
+
+
+def test_another_librarys_model_directory_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="another format"):
+        save(make(Encoder, "bert"), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
