@@ -7,10 +7,9 @@ is validated by the safetensors library itself; reading and writing here exists 
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
@@ -102,7 +101,7 @@ def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
     first = -raw.ctypes.data % 64
     view = raw[first : first + size]
     file.seek(spec.start)
-    got = _fill(file, memoryview(view))
+    got = _fill(file, view.data)
     if got != size:
         raise EOFError(f"expected {size} bytes at {spec.start}, found {got}")
     return view.view(DTYPES[spec.dtype]).reshape(spec.shape)
@@ -128,7 +127,8 @@ def write(
 
     `get` may return any array of the right shape and dtype; strided ones are made contiguous first.
     """
-    header, at = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
     for name, spec in specs.items():
         size = prod(spec.shape) * np.dtype(spec.dtype).itemsize
         header[name] = {
@@ -151,11 +151,4 @@ def _bytes(name: str, x: np.ndarray, spec: jax.ShapeDtypeStruct) -> memoryview:
     x = np.ascontiguousarray(x).reshape(np.shape(x))
     if (x.shape, x.dtype) != (spec.shape, spec.dtype):
         raise ValueError(f"{name}: announced as {spec.dtype}{list(spec.shape)}, but it is {x.dtype}{list(x.shape)}.")
-    return memoryview(x.reshape(-1).view(np.uint8))
-
-
-def read_all(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Every tensor (or those named) of one file, each in its own buffer."""
-    specs, _ = read_header(path)
-    with open(path, "rb", buffering=0) as file:
-        return {name: read_tensor(file, specs[name]) for name in (specs if names is None else names)}
+    return x.reshape(-1).view(np.uint8).data

@@ -122,7 +122,7 @@ def _blocks(f: Callable, tables: int, q, k, v, mask, bias, seeds, rate, *more, t
 
         def of_rows(total, row):
             rows = lambda x: None if x is None else _part(heads(x), 2, row, row_parts)
-            factors = None if seeds is None else keep(rows(seeds), rate, keys)
+            factors = None if seeds is None else keep(_part(heads(seeds), 2, row, row_parts), rate, keys)
             found, partial = f(rows(q), heads(k), heads(v), rows(shift), factors, *map(rows, more))
             return jax.tree.map(jnp.add, total, partial), found
 
@@ -180,9 +180,9 @@ def _backward(q, k, v, mask, bias, seeds, rate, out, rest, g):
     (out, _, _), (g, _, _), (q, k, v) = _heads_first(out, k, v), _heads_first(g, k, v), _heads_first(q, k, v)
     block = functools.partial(_backward_block, bias is not None)
     found, total = _blocks(block, 2, q, k, v, mask, bias, seeds, rate, out, *rest, g, totals=(k, v))
-    dq, dbias = (None if x is None else _glue(x) for x in found)
+    dq, dbias = _glue(found[0]), None if bias is None else _glue(found[1]).reshape(bias.shape)
     dk, dv = (x.reshape(-1, *x.shape[2:]).swapaxes(0, 1) for x in total)
-    return _heads_last(dq), dk, dv, None, None if bias is None else dbias.reshape(bias.shape), None, None
+    return _heads_last(dq), dk, dv, None, dbias, None, None
 
 
 # ---- derivatives outside, the loop over the batch inside

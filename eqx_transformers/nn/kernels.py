@@ -23,8 +23,8 @@ def attend(
     mask: Mask,
     *,
     bias: Float[Array, "num_heads seq keys"] | None = None,
-    scale: float | Float[Array, ""],
-    rate: float | Float[Array, ""] = 0.0,
+    scale: float | int | Float[Array, ""],
+    rate: float | int | Float[Array, ""] = 0.0,
     key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
     empty: str = "zeros",
 ) -> Float[Array, "*axes seq num_heads value_dim"]:
@@ -54,8 +54,8 @@ def plain(
     mask: Mask,
     *,
     bias: Float[Array, "num_heads seq keys"] | None = None,
-    scale: float | Float[Array, ""],
-    rate: float | Float[Array, ""] = 0.0,
+    scale: float | int | Float[Array, ""],
+    rate: float | int | Float[Array, ""] = 0.0,
     key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
     empty: str = "zeros",
 ) -> Float[Array, "*axes seq num_heads value_dim"]:
@@ -88,7 +88,7 @@ def _plain(q, k, v, mask, *, bias, scale, rate, key, empty):
     scores = jnp.einsum("sngd,tnd->ngst", grouped, k, preferred_element_type=wide(q.dtype)) * _like(scale, q)
     weights = _weights(scores.reshape(heads, seq, keys), mask.allowed(seq, keys), bias, empty)
     seeds, rate = _dropout(q, rate, key)
-    if seeds is not None:
+    if seeds is not None and rate is not None:
         weights = weights * keep(seeds, rate, keys)
     # The values are widened, rather than the weights rounded: bfloat16 weights err 1.3 times as much as torch's kernel.
     out = jnp.einsum("ngst,tnd->sngd", weights.reshape(kv_heads, -1, seq, keys), v.astype(wide(q.dtype)))
@@ -137,14 +137,16 @@ def _by_cudnn(q, k, v, mask, *, bias, scale, rate, key, empty):
     """NVIDIA's fused kernel, for what `_cudnn_refuses` lets through: no bias, no dropout, zeros for empty rows."""
     (seq, heads, _), keys = q.shape, k.shape[0]
     fused = functools.partial(jax.nn.dot_product_attention, scale=float(scale), implementation="cudnn")
-    # Under vmap the kernel wants q, k and v batched alike; this ties k and v to q, and XLA removes it.
-    tie = lambda x: jax.lax.select(jnp.isnan(q[0, 0, 0]), x, x)
+    probe = jnp.isnan(q[0, 0, 0]) ^ jnp.isnan(k[0, 0, 0]) ^ jnp.isnan(v[0, 0, 0])
+    # Under vmap the kernel wants its operands, and the cotangent of its result, batched alike: this ties them together.
+    tie = lambda probe, *some: [jax.lax.select(probe, x, x) for x in some]
     if mask.is_empty or _is_causal(mask):
-        return fused(q, tie(k), tie(v), is_causal=mask.causal)
+        return tie(probe, fused(*tie(probe, q, k, v), is_causal=mask.causal))[0]
     allowed = mask.allowed(seq, keys)
     allowed = jnp.broadcast_to(allowed if allowed.ndim == 3 else allowed[None], (heads, seq, keys))
     seen = jnp.any(allowed, axis=-1).swapaxes(0, 1)[..., None]
-    return jnp.where(seen, fused(q, tie(k), tie(v), mask=allowed), 0)
+    q, k, v, allowed = tie(probe ^ allowed[0, 0, 0], q, k, v, allowed)
+    return jnp.where(seen, fused(q, k, v, mask=allowed), 0)
 
 
 def _is_causal(mask) -> bool:
