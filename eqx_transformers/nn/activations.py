@@ -13,7 +13,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
     wide = x.astype(wider(x.dtype, jnp.float32))
-    # erf, where jax.nn.gelu takes erfc: 2 % less time for a whole forward pass on a CPU, and the reference's own spelling.
+    # erf, where jax.nn.gelu takes erfc: 2 % less time for a whole forward pass on a CPU, and the reference's spelling.
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
