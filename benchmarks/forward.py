@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import convert
+from converters import reference_names
 from eqx_transformers import ROBERTA, Encoder, EncoderConfig, stack
 
 from .timing import interleaved, machine, medians, seconds, table
@@ -134,7 +134,7 @@ def torch_twin(model: Encoder, c: EncoderConfig) -> Any:
         layer_norm_eps=c.norm_eps,
     )
     twin = transformers.RobertaModel(config, add_pooling_layer=False).eval()
-    specs, get = convert.tensors(model)
+    specs, get = reference_names.tensors(model)
     twin.load_state_dict({name: torch.from_numpy(np.array(get(name))) for name in specs})
     return twin
 

@@ -26,8 +26,8 @@ from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
 from .families import FAMILIES
 from .origin import Origin
 from .plan import Plan, Request, make_plan, ties_in
+from .reference_names import tensors
 from .report import Report, expect_ok
-from .rules import Link, Tie, expand
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -256,40 +256,6 @@ def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: 
         dropped=plan.report.dropped,
         files=[name for name in hub.COMPANIONS if (checkpoint.directory / name).is_file()],
     )
-
-
-def paths(model: Any) -> dict[str, str]:
-    """The reference library's name of every tensor of a model, and the path of our array that it is (or is made of)."""
-    return {name: link.ours[0] for name, (link, _) in _named(model).items()}
-
-
-def tensors(model: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
-    """A model's tensors as the reference library names them: shapes and dtypes, and a way to get each.
-
-    Works for anything with the model's structure, such as its gradients.
-    """
-    named, leaves = _named(model), leaves_by_path(model)
-
-    def get(name: str) -> np.ndarray:
-        link, key = named[name]
-        return np.asarray(link.write(lambda path: np.asarray(leaves[path]))[key])
-
-    return {name: _spec(link, key, leaves) for name, (link, key) in named.items()}, get
-
-
-def _named(model: Any) -> dict[str, tuple[Link, str]]:
-    """The reference's name of every tensor, with the link that writes it and the key under which it does."""
-    family = FAMILIES[model.config.family]
-    table = family.table(model.config, type(model))
-    leaves = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
-    owner = {key: (link, key) for link in expand(table, leaves) for key in link.keys}
-    owner |= {one.theirs: owner[one.to] for one in table if isinstance(one, Tie) and one.written}
-    prefix = family.prefix if family.is_bare(type(model)) else ""
-    return {key.removeprefix(prefix): owner[key] for key in sorted(owner)}
-
-
-def _spec(link: Link, key: str, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: link.write(lambda path: jnp.zeros(leaves[path].shape, leaves[path].dtype)))[key]
 
 
 def export(

@@ -74,7 +74,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) ->
     )
     config = _config(family, stated | (dressed or {}) | ({"tied": False} if untied else {}), request)
     spelling = Spelling.of(checkpoint.specs, family)
-    names = {spelling.modern(key): key for key in checkpoint.specs}
+    names = spelling.names(checkpoint.specs)
     config = family.observe(config, model_class, frozenset(names), fields_)
     built = _built(model_class, config, request, len(checkpoint.specs))
     leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
@@ -137,6 +137,14 @@ class Spelling:
             if key.endswith(old):
                 key = key.removesuffix(old) + new
         return self.prefix + key if self.bare and key.split(".")[0] in ENCODER else key
+
+    def names(self, keys: Collection[str]) -> dict[str, str]:
+        """Every key by its spelling of today. Where a file has both, the old one stands for itself: unexpected."""
+        names: dict[str, str] = {}
+        for key in sorted(keys, key=lambda key: key.endswith(tuple(self.legacy))):
+            modern = self.modern(key)
+            names[key if modern in names else modern] = key
+        return names
 
     def old(self, key: str) -> str:
         """A key that the file lacks, as it would spell it."""

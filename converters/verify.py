@@ -13,7 +13,7 @@ import numpy as np
 from eqx_transformers import unstack
 from eqx_transformers.skeletons import stacked_paths, stacks
 
-from . import convert
+from . import convert, reference_names
 from .errors import ConversionError
 from .families import FAMILIES
 from .origin import Origin
@@ -166,7 +166,7 @@ def _reference(model: Any, origin: Origin) -> Any:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    specs, get = convert.tensors(model)
+    specs, get = reference_names.tensors(model)
     state = reference.state_dict()
     drawn = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     with torch.no_grad():
@@ -179,12 +179,12 @@ def _reference(model: Any, origin: Origin) -> Any:
 
 
 def _different_weights(model: Any, reference: Any) -> dict[str, str]:
-    specs, get = convert.tensors(model)
+    specs, get = reference_names.tensors(model)
     state = {name: x.detach().numpy() for name, x in reference.state_dict().items()}
     different = [
         name for name in specs if name not in state or not np.array_equal(get(name), state[name], equal_nan=True)
     ]
-    paths = convert.paths(model)
+    paths = reference_names.paths(model)
     return {name: paths[name] for name in different}
 
 
@@ -305,7 +305,7 @@ def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dic
         out = jax.vmap(lambda ids, kwargs: model(ids, **kwargs))(jnp.asarray(inputs["ids"]), kwargs)
         return (out * weights).sum()
 
-    specs, get = convert.tensors(eqx.combine(gradient(model), model))
+    specs, get = reference_names.tensors(eqx.combine(gradient(model), model))
     theirs = {
         name: p.grad.numpy() for name, p in reference.named_parameters(remove_duplicate=False) if p.grad is not None
     }

@@ -18,7 +18,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import converters
-from converters import convert
+from converters import convert, reference_names
 from converters.families import FAMILIES
 from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, stack
 from eqx_transformers.surgery import leaves_by_path
@@ -54,8 +54,8 @@ def computed(row: Row, layout: str):
     ref = reference(row)
     model, _ = loaded(row, layout)
     output, gradient = value_and_gradients(model, ref.inputs, ref.weights)
-    _, get = convert.tensors(eqx.combine(gradient, model))
-    return np.asarray(output), {name: get(name) for name in convert.paths(model)}
+    _, get = reference_names.tensors(eqx.combine(gradient, model))
+    return np.asarray(output), {name: get(name) for name in reference_names.paths(model)}
 
 
 @layouts
@@ -80,7 +80,7 @@ def test_gradients_are_the_reference(row, layout):
 
 @rows
 def test_the_layouts_hold_the_same_tensors(row):
-    tuples, stacked = (convert.tensors(loaded(row, layout)[0]) for layout in LAYOUTS)
+    tuples, stacked = (reference_names.tensors(loaded(row, layout)[0]) for layout in LAYOUTS)
     assert tuples[0].keys() == stacked[0].keys()
     assert all(np.array_equal(tuples[1](name), stacked[1](name)) for name in tuples[0])
     assert eqx.tree_equal(stack(loaded(row, "tuple")[0]), loaded(row, "stacked")[0])
@@ -173,6 +173,15 @@ def test_any_one_key_added_is_reported_exactly(row, key, tmp_path):
     with pytest.raises(converters.Mismatch, match=key) as caught:
         converters.load(tmp_path)
     assert list(caught.value.report.unexpected) == [key]
+
+
+@rows
+def test_a_tensor_under_its_old_name_beside_the_new_one_is_unexpected(row, tmp_path):
+    """Two spellings of one tensor: neither is believed silently."""
+    prefix = "" if row.head in (Encoder, SentenceEmbedder) else FAMILIES[row.family].prefix
+    key = f"{prefix}encoder.layer.1.output.LayerNorm.gamma"
+    report = broken(row, tmp_path, lambda tensors: tensors.__setitem__(key, np.zeros(21, np.float32)))
+    assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([], [key], [])
 
 
 @rows

@@ -1,0 +1,46 @@
+"""A model's arrays as the reference library names them: what an export writes and a verification compares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
+
+from .families import FAMILIES
+from .rules import Link, Tie, expand
+
+
+def paths(model: Any) -> dict[str, str]:
+    """The reference library's name of every tensor of a model, and the path of our array that it is (or is made of)."""
+    return {name: link.ours[0] for name, (link, _) in _named(model).items()}
+
+
+def tensors(model: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
+    """A model's tensors as the reference library names them: shapes and dtypes, and a way to get each.
+
+    Works for anything with the model's structure, such as its gradients.
+    """
+    named, leaves = _named(model), leaves_by_path(model)
+    zeros = lambda path: jnp.zeros(leaves[path].shape, leaves[path].dtype)
+    links = {id(link): link for link, _ in named.values()}
+    specs = {number: jax.eval_shape(lambda link=link: link.write(zeros)) for number, link in links.items()}
+
+    def get(name: str) -> np.ndarray:
+        link, key = named[name]
+        return np.asarray(link.write(lambda path: np.asarray(leaves[path]))[key])
+
+    return {name: specs[id(link)][key] for name, (link, key) in named.items()}, get
+
+
+def _named(model: Any) -> dict[str, tuple[Link, str]]:
+    """The reference's name of every tensor, with the link that writes it and the key under which it does."""
+    family = FAMILIES[model.config.family]
+    table = family.table(model.config, type(model))
+    leaves = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
+    owner = {key: (link, key) for link in expand(table, leaves) for key in link.keys}
+    owner |= {one.theirs: owner[one.to] for one in table if isinstance(one, Tie) and one.written}
+    prefix = family.prefix if family.is_bare(type(model)) else ""
+    return {key.removeprefix(prefix): owner[key] for key in sorted(owner)}
