@@ -114,7 +114,17 @@ def _by_blocks(q, k, v, mask, *, bias, scale, rate, key, empty):
     q_, k_, v_ = (x.astype(wide(q.dtype)) for x in (q, k, v))
     bias = None if bias is None else bias.astype(wide(q.dtype))
     kernel = _blocked.kernels[empty]
+    k_, v_, mask, bias = jax.tree.map(_own, (k_, v_, mask, bias))
     return kernel(q_ * _like(scale, q), k_, v_, mask, bias, *_dropout(q, rate, key)).astype(q.dtype)
+
+
+def _own(x):
+    """`x` after an operation that changes nothing and is compiled away.
+
+    JAX 0.10 refuses to differentiate a `custom_vjp` whose operand is a NumPy array that `vmap` maps over, which is what
+    a tokenizer's mask is.
+    """
+    return jnp.logical_or(x, False) if jnp.asarray(x).dtype == jnp.bool_ else jnp.multiply(x, 1)
 
 
 def _like(number, q):

@@ -488,3 +488,16 @@ def test_errors_name_the_axis_what_was_found_and_what_was_expected(unchecked):
     }.items():
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+@pytest.mark.parametrize("field", ["keys", "segments", "dense"])
+def test_a_mask_of_numpy_that_is_mapped_over_can_be_differentiated(field):
+    """A tokenizer's mask is one; closed over inside `jit`, it reaches the kernel without having been a JAX array."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 5, 2, 3)).astype(np.float32)
+    segments, keys, dense = np.array([[0, 0, 1, 1, 1]] * 2), rng.random((2, 5)) < 0.7, rng.random((2, 5, 5)) < 0.7
+    given = {"keys": keys, "segments": segments, "dense": dense}[field]
+    one = lambda attend: lambda q, x: attend(q, q, q, Mask(**{field: jnp.asarray(x)}), scale=1.0)
+    loss = lambda attend: lambda q: (jax.vmap(one(attend))(q, given) ** 2).sum()
+    ours, theirs = (jax.jit(jax.grad(loss(attend)))(q) for attend in (kernels.attend, kernels.plain))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
