@@ -15,9 +15,9 @@ import numpy as np
 from jax.tree_util import tree_map_with_path
 from jaxtyping import PRNGKeyArray
 
-from eqx_transformers import serialisation, tensor_file
+from eqx_transformers import serialisation, stack, tensor_file
 from eqx_transformers._files import replacing
-from eqx_transformers.skeletons import differences
+from eqx_transformers.skeletons import differences, stacked_paths
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
 
 from . import config as configs, hub, sentence
@@ -52,6 +52,7 @@ def load(
     token: str | None = None,
     local_files_only: bool = False,
     key: PRNGKeyArray | None = None,
+    announce: Callable[[Report], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Any, Origin]:
     """(model, origin) of a hub id, a local Hugging Face directory, or a directory in the native format.
@@ -65,7 +66,7 @@ def load(
       fields of config.json raise too. `allow_missing` are globs of tree paths (then drawn from `key`),
       `allow_unexpected` globs of the checkpoint's keys.
     - `revision`, `subfolder`, `token`, `local_files_only`: for a hub id, as in huggingface_hub.
-    - `progress(done, total)` is called with bytes.
+    - `announce` is called with the report before a tensor is read, `progress(done, total)` with bytes while they are.
 
     Every loaded array has memory of its own: none aliases a file. Raises `ConversionError`s; see `converters.errors`.
     """
@@ -78,6 +79,8 @@ def load(
     plan = settled(checkpoint, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected))
     expect_ok(plan.report)
     _expect_kept(plan, checkpoint, dtype)
+    if announce is not None:
+        announce(plan.report)
     model = fill(plan, checkpoint, dtype, key, progress)
     return model, _origin(source, revision, checkpoint, plan, labels)
 
@@ -198,18 +201,12 @@ def _drawn(plan: Plan, key: PRNGKeyArray | None, dtype: str) -> dict[str, Any]:
 
     @eqx.filter_jit
     def draw(key: PRNGKeyArray) -> dict[str, Any]:  # jitted: what is not returned is never computed
-        leaves = leaves_by_path(_like(plan, plan.model_class(plan.config, key=key)))
+        model = plan.model_class(plan.config, key=key)
+        leaves = leaves_by_path(stack(model) if stacked_paths(plan.skeleton) else model)
         return {path: leaves[path] for path in new}
 
     drawn = draw(key)
     return drawn if dtype == "auto" else {path: x.astype(DTYPES[dtype]) for path, x in drawn.items()}
-
-
-def _like(plan: Plan, model: Any) -> Any:
-    from eqx_transformers import stack
-    from eqx_transformers.skeletons import stacked_paths
-
-    return stack(model) if stacked_paths(plan.skeleton) else model
 
 
 def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: bool, dtype: str) -> tuple[Any, Origin]:

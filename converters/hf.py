@@ -23,6 +23,7 @@ from .convert import Progress
 from .errors import ConversionError, Mismatch, SourceNotFound
 from .families import FAMILIES
 from .origin import Origin
+from .report import Report
 from .verify import import_reference, verify
 
 __all__ = ["main"]
@@ -122,6 +123,11 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
     _expect_free(args)  # before the work, not after it; so is what follows
     if args.verify:
         import_reference()
+
+    def announce(report: Report) -> None:
+        said["report"] = report.as_json()
+        _print(args, str(report))
+
     begin = time.perf_counter()
     with _progress(args) as progress:
         model, origin = convert.load(
@@ -130,12 +136,9 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
             revision=args.revision,
             dtype=args.dtype,
             key=jax.random.key(args.seed),
+            announce=announce,
             progress=progress,
         )
-    if not _is_native(args.source):
-        report = convert.inspect(origin.directory or args.source, **options)
-        said["report"] = report.as_json()
-        _print(args, str(report))
     _print(args, f"read in {time.perf_counter() - begin:.1f} s")
     if args.verify:
         verification = verify(args.source, model=model, origin=origin, gradients=args.gradients)

@@ -108,3 +108,14 @@ def test_facts_are_overridden_by_our_names():
     assert model.backbone.stack.blocks[0].mlp.activation is not own.backbone.stack.blocks[0].mlp.activation
     arrays = lambda tree: leaves_by_path(eqx.filter(tree, eqx.is_array))
     assert all(np.array_equal(x, arrays(own)[path]) for path, x in arrays(model).items())
+
+
+def test_the_report_is_said_before_a_tensor_is_read(monkeypatch):
+    from converters.checkpoint import Checkpoint
+
+    said, get = [], Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda self, key: said.append(key) or get(self, key))
+    directory = reference(Row("bert", Encoder)).directory
+    converters.load(directory, announce=said.append)
+    assert said[0] == converters.inspect(directory)
+    assert len(said) > 1 and all(isinstance(key, str) for key in said[1:])
