@@ -1,5 +1,6 @@
 """Checkpoints in and out: `load`, `inspect`, `export`."""
 
+import dataclasses
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from . import config as configs, hub, sentence
 from .checkpoint import Checkpoint, open_directory
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
 from .families import FAMILIES
+from .family import Family
 from .origin import Origin
 from .plan import Plan, Request, make_plan, ties_in
 from .reference_names import tensors
@@ -124,14 +126,17 @@ def locate(source: Source, **options: Any) -> Path:
     return hub.fetch(source, **options)
 
 
-def settled(checkpoint: Checkpoint, request: Request) -> Plan:
-    """The plan, with ties checked: where a tied config meets two different tensors, the tensors are believed."""
-    plan = make_plan(checkpoint, request)
+def settled(checkpoint: Checkpoint, request: Request, **options: Any) -> Plan:
+    """The plan, with ties checked: where a tied config meets two different tensors, the tensors are believed.
+
+    `options` are those of `make_plan`.
+    """
+    plan = make_plan(checkpoint, request, **options)
     unequal = [] if not plan.report.ok else [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
     if not unequal:
         return plan
     if any(alias.endswith(".weight") for alias, _ in unequal):
-        plan = make_plan(checkpoint, request, untied=True)
+        plan = make_plan(checkpoint, request, untied=True, **options)
         unequal = [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
     if unequal:
         alias, owner = unequal[0]
@@ -240,7 +245,7 @@ def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: 
     return Origin(
         source=os.fspath(source),
         revision=revision,
-        directory=str(checkpoint.directory.absolute()),
+        directory=None if checkpoint.directory is None else str(checkpoint.directory.absolute()),
         family=plan.family.model_type,
         architecture=plan.architecture,
         config=config,
@@ -251,8 +256,13 @@ def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: 
         renamed=plan.report.renamed,
         ignored=plan.report.ignored,
         dropped=plan.report.dropped,
-        files=[name for name in hub.COMPANIONS if (checkpoint.directory / name).is_file()],
+        files=companions(checkpoint.directory),
     )
+
+
+def companions(directory: Path | None) -> list[str]:
+    """The files beside the weights that travel with a model."""
+    return [] if directory is None else [name for name in hub.COMPANIONS if (directory / name).is_file()]
 
 
 def export(
@@ -302,7 +312,31 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
         fields[spelled] = dtypes.pop()
     if "id2label" in fields:
         fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
+    _expect_said(model, family, fields)
     return fields
+
+
+# Facts that config.json does not state: the tensors or sentence-transformers' files do, or nothing in this model.
+ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize")
+
+
+def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None:
+    """Raises a `ConversionError` where config.json has no words for a fact: it would be read back as another."""
+    said = configs.read(
+        configs.modern(written), family.facts, fixed=family.fixed, irrelevant=family.irrelevant, lenient=True
+    )
+    again = dataclasses.replace(family.defaults, **said)
+    unsaid = [
+        f"{f.name} = {getattr(model.config, f.name)!r} (it would be read as {getattr(again, f.name)!r})"
+        for f in dataclasses.fields(again)
+        if f.name not in ELSEWHERE and getattr(model.config, f.name) != getattr(again, f.name)
+    ]
+    if unsaid:
+        raise ConversionError(
+            f"config.json of a {family.model_type} cannot say this, so the export would be another model:\n  "
+            + "\n  ".join(unsaid)
+            + "\nreconfigure(model, …) gives these facts the values that can be said."
+        )
 
 
 def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:

@@ -1,11 +1,12 @@
 """What the engine knows of a family of checkpoints: data and one table, from `converters/families/`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .config import Fact
 from .rules import Table
+from .spelling import Prefixed, Spelling
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,17 @@ class Family:
     - `architectures`: the reference's class names, and the class of ours that each is. The first is
       the bare encoder.
     - `like`: classes of ours whose tensors are another's (a sentence embedder's are the bare encoder's).
-    - `carries`: further architectures whose files hold the tensors of these classes of ours.
+    - `carries`: further classes of ours whose heads a file of an architecture holds, or a part of them: what is there
+      is read, the rest drawn.
     - `prefix`: what stands before the encoder's keys in a file with a head (`bert.`); a bare encoder's has nothing.
+    - `roots`: the first steps of a bare encoder's keys.
     - `facts`, `fixed`, `irrelevant`: see `config.read`.
     - `table(config, model_class)`: rules, ties, ignored keys; keys as in a file with a head, in today's spelling.
     - `observe(config, model_class, keys, fields)`: the config with what only the tensors decide, such as a pooler.
     - `legacy`: endings of old key names and what they are called now.
     - `probes(model_class)`: our modules and theirs that compute the same, in order of execution; `{i}` is a layer.
+    - `spell(keys, family)`: how a file with these keys names tensors.
+    - `recognise(keys)`: the architecture of a file whose config does not name one, by the tables' names.
     """
 
     model_type: str
@@ -31,6 +36,7 @@ class Family:
     like: Mapping[type, type]
     carries: Mapping[str, tuple[type, ...]]
     prefix: str
+    roots: tuple[str, ...]
     facts: tuple[Fact, ...]
     fixed: Mapping[str, tuple[Any, ...]]
     irrelevant: frozenset[str]
@@ -38,6 +44,8 @@ class Family:
     observe: Callable[[Any, type, frozenset[str], Mapping[str, Any]], Any]
     legacy: Mapping[str, str]
     probes: Callable[[type], tuple[tuple[str, str], ...]]
+    spell: Callable[[Collection[str], "Family"], Spelling] = Prefixed.of
+    recognise: Callable[[Collection[str]], str] | None = None
 
     def architecture(self, model_class: type) -> str:
         """What the reference calls this class of ours."""

@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 from eqx_transformers import save, serialisation
 from eqx_transformers._files import expect_replaceable
 
-from . import convert, demo
+from . import convert, demo, torch_reference
 from .convert import Progress
 from .errors import ConversionError, Mismatch, SourceNotFound
 from .families import FAMILIES
 from .origin import Origin
 from .report import Report
-from .verify import import_reference, verify
+from .verify import verify
 
 __all__ = ["main"]
 
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         return DONE if report.ok else UNCLEAN
     _expect_free(args)  # before the work, not after it; so is what follows
     if args.verify:
-        import_reference()
+        torch_reference.expect()
 
     def announce(report: Report) -> None:
         said["report"] = report.as_json()

@@ -18,6 +18,7 @@ from .families import FAMILIES
 from .family import Family
 from .report import Report, examine
 from .rules import Ignore, Link, Table, Tie, expand
+from .spelling import is_bare
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "head.output."  # the layer whose size is the number of labels
@@ -62,23 +63,34 @@ class Plan:
     report: Report
 
 
-def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) -> Plan:
-    """Raises an `UnsupportedConfig` for what is not had here. `untied`: the tensors contradict a tied config."""
+def make_plan(
+    checkpoint: Checkpoint,
+    request: Request,
+    untied: bool = False,
+    family: Family | None = None,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Raises an `UnsupportedConfig` for what is not had here.
+
+    `untied`: the tensors contradict a tied config. `family`: where the config does not name it. `notes` go into the
+    report.
+    """
     fields_ = configs.modern(checkpoint.config)
-    family = _family(fields_)
+    family = _family(fields_) if family is None else family
+    spelling = family.spell(checkpoint.specs, family)
+    names = spelling.names(checkpoint.specs)
     dressed = _dressed(checkpoint.directory, family, request.head)
-    architecture = _architecture(fields_, family, checkpoint)
+    architecture = _architecture(fields_, family, names, checkpoint)
     model_class = _model_class(family, architecture, dressed, request.head)
     stated = configs.read(
         fields_, family.facts, fixed=family.fixed, irrelevant=family.irrelevant, lenient=not request.strict
     )
     config = _config(family, stated | (dressed or {}) | ({"tied": False} if untied else {}), request)
-    spelling = Spelling.of(checkpoint.specs, family)
-    names = spelling.names(checkpoint.specs)
     config = family.observe(config, model_class, frozenset(names), fields_)
     built = _built(model_class, config, request, len(checkpoint.specs))
+    config = built.config  # a head has its own say: whether there is a pooler, how many labels
     leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
-    _expect_classifier(leaves, model_class, request)
+    _expect_classifier(model_class, request)
     table = family.table(config, model_class)
     links = expand(table, leaves)
     new = _new(links, leaves, names, family, architecture, model_class, request, stated.get("labels"))
@@ -94,7 +106,7 @@ def make_plan(checkpoint: Checkpoint, request: Request, untied: bool = False) ->
         allow_unexpected=request.allow_unexpected if request.strict else ("*",),
         architecture=architecture,
         model=model_class.__name__,
-        notes=_notes(untied),
+        notes=(*notes, *_notes(untied)),
     )
     plan = Plan(family, architecture, model_class, config, built, names, kept, table, report)
     _expect_floats(plan, checkpoint.specs)
@@ -105,53 +117,6 @@ def ties_in(plan: Plan) -> list[tuple[str, str]]:
     """(alias, owner), as the file spells them, of every tie of which the file has both names."""
     ties = [one for one in plan.table if isinstance(one, Tie)]
     return [(plan.names[t.theirs], plan.names[t.to]) for t in ties if t.theirs in plan.names and t.to in plan.names]
-
-
-ENCODER = ("embeddings", "encoder", "pooler")
-
-
-def is_bare(keys: Collection[str], family: Family) -> bool:
-    """Whether most of a file's encoder keys lack the family's prefix: a stray key does not decide."""
-    inner = sum(key.startswith(tuple(f"{family.prefix}{step}." for step in ENCODER)) for key in keys)
-    return sum(key.split(".")[0] in ENCODER for key in keys) >= inner
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a file spells keys: with or without the encoder's prefix, in old or new endings."""
-
-    prefix: str
-    bare: bool
-    legacy: Mapping[str, str]
-    old_endings: bool
-
-    @classmethod
-    def of(cls, specs: Mapping[str, Spec], family: Family) -> "Spelling":
-        bare = is_bare(specs, family)
-        old = any(key.endswith(ending) for key in specs for ending in family.legacy)
-        return cls(family.prefix, bare, family.legacy, old)
-
-    def modern(self, key: str) -> str:
-        """The key as a file with a head spells it today."""
-        for old, new in self.legacy.items():
-            if key.endswith(old):
-                key = key.removesuffix(old) + new
-        return self.prefix + key if self.bare and key.split(".")[0] in ENCODER else key
-
-    def names(self, keys: Collection[str]) -> dict[str, str]:
-        """Every key by its spelling of today. Where a file has both, the old one stands for itself: unexpected."""
-        names: dict[str, str] = {}
-        for key in sorted(keys, key=lambda key: key.endswith(tuple(self.legacy))):
-            modern = self.modern(key)
-            names[key if modern in names else modern] = key
-        return names
-
-    def old(self, key: str) -> str:
-        """A key that the file lacks, as it would spell it."""
-        for old, new in self.legacy.items() if self.old_endings else ():
-            if key.endswith(new):
-                key = key.removesuffix(new) + old
-        return key.removeprefix(self.prefix) if self.bare else key
 
 
 def _family(fields_: Mapping[str, Any]) -> Family:
@@ -177,10 +142,12 @@ def _list(value: Any) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list | tuple) else []
 
 
-def _architecture(fields_: Mapping[str, Any], family: Family, checkpoint: Checkpoint) -> str:
+def _architecture(fields_: Mapping[str, Any], family: Family, names: Collection[str], checkpoint: Checkpoint) -> str:
     named = _list(fields_.get("architectures"))
     if named:
         return named[0]
+    if family.recognise is not None:
+        return family.recognise(names)
     unnamed = "an architecture that config.json does not name"
     return next(iter(family.architectures)) if is_bare(checkpoint.specs, family) else unnamed
 
@@ -247,8 +214,10 @@ def _built(model_class: type, config: Any, request: Request, num_tensors: int) -
         raise UnsupportedConfig(f"The config describes a model that cannot be: {error}") from error
 
 
-def _dressed(directory: Path, family: Family, head: type | None) -> dict[str, Any] | None:
+def _dressed(directory: Path | None, family: Family, head: type | None) -> dict[str, Any] | None:
     """A sentence embedder's facts; one that is not understood does no harm where another model is asked for."""
+    if directory is None:
+        return None
     try:
         return sentence.read(directory)
     except UnsupportedConfig:
@@ -257,8 +226,8 @@ def _dressed(directory: Path, family: Family, head: type | None) -> dict[str, An
         return None
 
 
-def _expect_classifier(leaves: Mapping[str, Any], model_class: type, request: Request) -> None:
-    if request.labels is not None and not any(path.startswith(OUTPUT) for path in leaves):
+def _expect_classifier(model_class: type, request: Request) -> None:
+    if request.labels is not None and not getattr(model_class, "takes_labels", False):
         raise ConversionError(
             f"labels={request.labels} is for a classifier, and a {model_class.__name__} is none; head= chooses one."
         )
@@ -287,15 +256,17 @@ def _new(
     labels: int | None,
 ) -> set[str]:
     """The arrays that are drawn instead of read: a head that the file does not have, and what may be missing."""
-    own = {family.architectures.get(architecture), *family.carries.get(architecture, ())}
+    own = {family.architectures.get(architecture)}
     own |= {one for one, like in family.like.items() if like in own}
     borrowed = request.head is not None and model_class not in own
+    related = model_class in family.carries.get(architecture, ())
     resized = request.num_labels is not None and request.num_labels != labels
     allowed = ("*",) if not request.strict else request.allow_missing
 
     def is_new(link: Link, path: str) -> bool:
         absent = any(key not in names for key in link.keys)
-        if borrowed and (path.startswith("head.") or (absent and ".pooler." in path)):
+        in_head = not family.is_bare(model_class) and not path.startswith("backbone.")
+        if borrowed and ((in_head and (absent or not related)) or (absent and ".pooler." in path)):
             return True
         if resized and path.startswith(OUTPUT):
             return True

@@ -9,13 +9,23 @@ if _os.environ.get("EQX_TRANSFORMERS_CHECK") == "1":
 
 from .models import (
     BERT as BERT,
+    DISTILBERT as DISTILBERT,
+    ELECTRA as ELECTRA,
     ROBERTA as ROBERTA,
     XLM_R as XLM_R,
+    CausalLM as CausalLM,
+    Discriminator as Discriminator,
     Encoder as Encoder,
     EncoderConfig as EncoderConfig,
     MaskedLM as MaskedLM,
+    MultipleChoice as MultipleChoice,
+    NextSentencePredictor as NextSentencePredictor,
+    PreTraining as PreTraining,
+    PreTrainingLogits as PreTrainingLogits,
+    QuestionAnswerer as QuestionAnswerer,
     SentenceEmbedder as SentenceEmbedder,
     SequenceClassifier as SequenceClassifier,
+    TokenClassifier as TokenClassifier,
 )
 from .nn import stack as stack, unstack as unstack
 from .reconfigure import reconfigure as reconfigure

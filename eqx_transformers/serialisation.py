@@ -19,13 +19,14 @@ import numpy as np
 
 from . import tensor_file
 from ._files import replacing
-from .models.heads import MaskedLM, SentenceEmbedder, SequenceClassifier
-from .models.roberta import Encoder, EncoderConfig
+from .models.encoder_config import EncoderConfig
+from .models.heads import HEADS
+from .models.roberta import Encoder
 from .skeletons import differences, skeleton, stacked_paths
 from .surgery.paths import is_array_like, leaves_by_path, spell
 
 FORMAT, VERSION = "eqx_transformers", 1
-MODELS = {c.__name__: c for c in (Encoder, MaskedLM, SequenceClassifier, SentenceEmbedder)}
+MODELS: dict[str, type] = {"Encoder": Encoder, **HEADS}
 OWN = ("config.json", "model.safetensors", "extras.json", "origin.json")
 CONFIGS = {c.__name__: c for c in (EncoderConfig,)}
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import transformers
 
-from eqx_transformers import SentenceEmbedder
+from eqx_transformers import MultipleChoice, SentenceEmbedder
 
-from .tiny import TINY, Row
+from .tiny import Row
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -44,7 +44,7 @@ def make(row: Row, seed: int = 0) -> Any:
     """The torch model with every parameter perturbed: fresh biases and gains hide mistakes."""
     torch.manual_seed(seed)
     model_class = getattr(transformers, row.architecture)
-    config = model_class.config_class(**(TINY[row.family] | {"attn_implementation": "eager"} | row.options))
+    config = model_class.config_class(**(row.config | {"attn_implementation": "eager"}))
     model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,23 +64,38 @@ def save(model: Any, row: Row, directory: Path, **options: Any) -> Path:
 
 
 def inputs(row: Row, seed: int = 0, length: int = 13) -> dict[str, np.ndarray]:
-    """Four rows: whole, padded right, padded left, one token; padding where the mask is 0."""
-    rng, sizes = np.random.default_rng(seed), TINY[row.family]
+    """Four rows: whole, padded right, padded left, one token; padding where the mask is 0.
+
+    For multiple choice, the same rows are the choices of two examples.
+    """
+    rng, sizes = np.random.default_rng(seed), row.config
     pad = sizes["pad_token_id"]
     ids = rng.integers(3, sizes["vocab_size"], (4, length))
     mask = np.ones_like(ids)
     mask[1, 8:], mask[2, :5], mask[3, 1:] = 0, 0, 0
     ids[mask == 0] = pad
-    types = rng.integers(0, sizes["type_vocab_size"], ids.shape)
-    return {"ids": ids, "attention_mask": mask, "token_type_ids": types}
+    given = {"ids": ids, "attention_mask": mask}
+    if "type_vocab_size" in sizes:
+        given["token_type_ids"] = rng.integers(0, sizes["type_vocab_size"], ids.shape)
+    return {name: x.reshape(2, 2, length) for name, x in given.items()} if row.head is MultipleChoice else given
+
+
+def seen(row: Row, given: dict[str, Any], output: Any) -> Any:
+    """The output without a decoder's padding: before the first token a query sees nothing, and libraries differ."""
+    return output * given["attention_mask"][..., None] if row.config.get("is_decoder") else output
 
 
 def run(model: Any, row: Row, given: dict[str, np.ndarray]) -> Any:
-    """The torch output that our head's output stands for."""
+    """The torch output that our head's output stands for; several side by side, a line a row."""
     tensors = {name: torch.from_numpy(x) for name, x in given.items()}
     result = model(tensors.pop("ids"), **tensors)
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits], dim=-1)
+    if "prediction_logits" in result:
+        return torch.cat([result.prediction_logits.flatten(1), result.seq_relationship_logits], dim=1)
     if row.head is not SentenceEmbedder:
-        return result.logits if "logits" in result else result.last_hidden_state
+        found = result.logits if "logits" in result else result.last_hidden_state
+        return seen(row, tensors, found)
     mask = tensors["attention_mask"][..., None].to(result.last_hidden_state.dtype)
     return torch.nn.functional.normalize((result.last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
 
@@ -102,9 +117,14 @@ def reference(row: Row) -> Reference:
 
 
 def forward(model: Any, given: dict[str, np.ndarray]) -> Any:
-    """Our model on the rows of `given`, under `jax.vmap`."""
+    """Our model on the rows of `given`, under `jax.vmap`; several outputs side by side, a line a row."""
     import jax
+    import jax.numpy as jnp
 
     kwargs = {name: x for name, x in given.items() if name != "ids"}
     call: Callable[..., Any] = lambda ids, kwargs: model(ids, **kwargs)
-    return jax.vmap(call)(given["ids"], kwargs)
+    output = jax.vmap(call)(given["ids"], kwargs)
+    if model.config.causal:
+        output = output * given["attention_mask"][..., None]
+    leaves = jax.tree.leaves(output)
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)

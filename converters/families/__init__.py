@@ -1,5 +1,8 @@
 """The families that are converted: one literal dictionary, by the word for each in config.json."""
 
-from . import bert, roberta
+from . import bert, distilbert, electra, roberta
 
-FAMILIES = {family.model_type: family for family in (bert.FAMILY, roberta.FAMILY, roberta.XLM)}
+FAMILIES = {
+    family.model_type: family
+    for family in (bert.FAMILY, roberta.FAMILY, roberta.XLM, distilbert.FAMILY, electra.FAMILY)
+}

@@ -1,12 +1,13 @@
-"""What BERT, RoBERTa and XLM-R files have in common."""
+"""What files of BERT and its kin have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from eqx_transformers import Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers import CausalLM, Encoder, EncoderConfig, MaskedLM, PreTraining, SentenceEmbedder
 
 from ..config import Fact, choice, fact, flag, optional, rate, size, whole
+from ..errors import UnsupportedConfig
 from ..rules import Ignore, Rule, Table, Tie, affine, rule
 
 ACTIVATIONS = {
@@ -24,7 +25,6 @@ ACTIVATIONS = {
 
 # Fields whose other values would ask for another function than ours; the first is what an absent field means.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "is_decoder": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "position_embedding_type": ("absolute",),
@@ -128,10 +128,10 @@ def facts(**defaults: Any) -> tuple[Fact, ...]:
     """The fields of a BERT-like config.json. `defaults` are the reference's own where families differ."""
     return (
         fact("vocab_size", "vocab_size", whole, defaults["vocab_size"]),
-        fact("hidden_size", "embed_dim", whole, 768),
+        fact("hidden_size", "embed_dim", whole, defaults.get("embed_dim", 768)),
         fact("num_hidden_layers", "num_layers", whole, 12),
-        fact("num_attention_heads", "num_heads", whole, 12),
-        fact("intermediate_size", "mlp_dim", whole, 3072),
+        fact("num_attention_heads", "num_heads", whole, defaults.get("num_heads", 12)),
+        fact("intermediate_size", "mlp_dim", whole, defaults.get("mlp_dim", 3072)),
         fact("max_position_embeddings", "max_positions", whole, 512),
         fact("type_vocab_size", "token_types", whole, 2),
         fact("layer_norm_eps", "norm_eps", size, 1e-12),
@@ -141,6 +141,7 @@ def facts(**defaults: Any) -> tuple[Fact, ...]:
         fact("attention_probs_dropout_prob", "attention_dropout", rate, 0.1),
         fact("classifier_dropout", "classifier_dropout", optional(rate), None),
         fact("initializer_range", "init_std", size, 0.02),
+        fact("is_decoder", "causal", flag, False),
         fact("tie_word_embeddings", "tied", flag, True),
         labels(),
     )
@@ -199,33 +200,59 @@ def output_table(config: EncoderConfig, prefix: str, head: str) -> Table:
     )
 
 
-def observe(prefix: str, head: str) -> Any:
-    """What only the tensors decide: whether there is a pooler, and a second output bias."""
+def linear_output(config: EncoderConfig, prefix: str, head: str) -> Table:
+    """The same where the reference's decoder is a plain linear layer: one bias, its own, tied or not."""
+    if config.tied:
+        return (
+            rule(f"{head}.bias", "head.bias"),
+            Tie(f"{head}.weight", f"{prefix}embeddings.word_embeddings.weight"),
+        )
+    return rule(f"{head}.weight", "head.decoder.weight"), rule(f"{head}.bias", "head.bias")
+
+
+def observe(prefix: str, head: str | None = None) -> Any:
+    """What only the tensors decide: whether a bare encoder has a pooler, and a head a second output bias.
+
+    `head`: where the reference has two biases of one output.
+    """
 
     def observed(
         config: EncoderConfig, model_class: type, keys: frozenset[str], fields: Mapping[str, Any]
     ) -> EncoderConfig:
         pooler = any(key.startswith(f"{prefix}pooler.") for key in keys)
-        if model_class in (MaskedLM, SequenceClassifier):
-            pooler = model_class is SequenceClassifier and config.classifier == "pooler"
         # transformers 4 shared the two biases and saved one; from 5 on an untied file must have both.
         old = str(fields.get("transformers_version", "4")).startswith(("2", "3", "4"))
-        spare = (
-            not config.tied
-            and model_class is MaskedLM
-            and (not old or {f"{head}.bias", f"{head}.decoder.bias"} <= keys)
-        )
+        two = head is not None and not config.tied and model_class in (MaskedLM, CausalLM, PreTraining)
+        spare = two and (not old or {f"{head}.bias", f"{head}.decoder.bias"} <= keys)
+        _expect_causal(config, model_class, fields)
         return replace(config, pooler=pooler, spare_bias=spare)
 
     return observed
 
 
-def probes(prefix: str, head: Mapping[type, tuple[tuple[str, str], ...]]) -> Any:
-    def listed(model_class: type) -> tuple[tuple[str, str], ...]:
+def _expect_causal(config: EncoderConfig, model_class: type, fields: Mapping[str, Any]) -> None:
+    """A decoder that sees the future is a contradiction of the file's own, and not for us to settle."""
+    named = fields.get("architectures") or [""]
+    if model_class is CausalLM and not config.causal and named[0].endswith(("LMHeadModel", "ForCausalLM")):
+        raise UnsupportedConfig(
+            f"config.json names {named[0]} but has is_decoder = false, with which the reference lets every token see"
+            " the ones that follow it. Load it as head=MaskedLM, which is that, or with override={'causal': True}."
+        )
+
+
+Probes = tuple[tuple[str, str], ...]
+
+
+def probes(
+    prefix: str, head: Mapping[type, Probes], embedding: Probes = (("embedding", "embeddings"),)
+) -> Callable[[type], Probes]:
+    """The encoder's parts, and each head's; `embedding` without what stands before its names on either side."""
+
+    def listed(model_class: type) -> Probes:
         before = "" if model_class in (Encoder, SentenceEmbedder) else prefix
         block, layer = f"{ours(model_class)}stack.blocks.{{i}}", f"{before}encoder.layer.{{i}}"
         return (
-            (f"{ours(model_class)}embedding", f"{before}embeddings"),
+            *((f"{ours(model_class)}{own}", f"{before}{theirs}") for own, theirs in embedding),
             (f"{block}.attention.query_proj", f"{layer}.attention.self.query"),
             (f"{block}.attention.key_proj", f"{layer}.attention.self.key"),
             (f"{block}.attention.value_proj", f"{layer}.attention.self.value"),

@@ -1,12 +1,25 @@
 """BERT: google-bert/bert-base-uncased and its kin. Reference: transformers' bert."""
 
-from eqx_transformers import BERT, Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers import (
+    BERT,
+    CausalLM,
+    Encoder,
+    EncoderConfig,
+    MaskedLM,
+    MultipleChoice,
+    NextSentencePredictor,
+    PreTraining,
+    QuestionAnswerer,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+)
 
 from ..family import Family
 from ..rules import Ignore, Table, affine
 from ._encoder import FIXED, IRRELEVANT, encoder_table, facts, observe, output_table, probes
 
-PREFIX, PREDICTIONS = "bert.", "cls.predictions"
+PREFIX, PREDICTIONS, PAIRS = "bert.", "cls.predictions", "cls.seq_relationship"
 
 
 def table(config: EncoderConfig, model_class: type) -> Table:
@@ -14,26 +27,42 @@ def table(config: EncoderConfig, model_class: type) -> Table:
 
 
 def head(config: EncoderConfig, model_class: type) -> Table:
-    if model_class is MaskedLM:
-        return (
-            *affine(f"{PREDICTIONS}.transform.dense", "head.dense"),
-            *affine(f"{PREDICTIONS}.transform.LayerNorm", "head.norm"),
-            *output_table(config, PREFIX, PREDICTIONS),
-        )
-    return affine("classifier", "head.output") if model_class is SequenceClassifier else ()
+    predictions = (
+        *affine(f"{PREDICTIONS}.transform.dense", "head.dense"),
+        *affine(f"{PREDICTIONS}.transform.LayerNorm", "head.norm"),
+        *output_table(config, PREFIX, PREDICTIONS),
+    )
+    return {
+        MaskedLM: predictions,
+        CausalLM: predictions,
+        PreTraining: (*predictions, *affine(PAIRS, "next_sentence.output")),
+        NextSentencePredictor: affine(PAIRS, "head.output"),
+        SequenceClassifier: affine("classifier", "head.output"),
+        TokenClassifier: affine("classifier", "head.output"),
+        MultipleChoice: affine("classifier", "head.output"),
+        QuestionAnswerer: affine("qa_outputs", "head.output"),
+    }.get(model_class, ())
 
 
 SURPLUS = (
-    Ignore("cls.predictions.*", "the masked-LM head is not part of this model", parameter=True),
-    Ignore("cls.seq_relationship.*", "the next-sentence head is not part of this model", parameter=True),
+    Ignore(f"{PREDICTIONS}.*", "the masked-LM head is not part of this model", parameter=True),
+    Ignore(f"{PAIRS}.*", "the next-sentence head is not part of this model", parameter=True),
     Ignore("classifier.*", "another task's classifier is not part of this model", parameter=True),
     Ignore("qa_outputs.*", "the question-answering head is not part of this model", parameter=True),
 )
 
+MASKED = ("head.dense", f"{PREDICTIONS}.transform.dense"), ("head", PREDICTIONS)
+POOLER = ("backbone.pooler", "bert.pooler")
 HEAD_PROBES = {
     Encoder: (("pooler", "pooler"),),
-    MaskedLM: (("head.dense", f"{PREDICTIONS}.transform.dense"), ("head", "cls")),
-    SequenceClassifier: (("backbone.pooler", "bert.pooler"), ("head.output", "classifier")),
+    MaskedLM: MASKED,
+    CausalLM: MASKED,
+    PreTraining: (*MASKED, POOLER, ("next_sentence", PAIRS)),
+    NextSentencePredictor: (POOLER, ("head", PAIRS)),
+    SequenceClassifier: (POOLER, ("head", "classifier")),
+    TokenClassifier: (("head", "classifier"),),
+    MultipleChoice: (POOLER, ("head", "classifier")),
+    QuestionAnswerer: (("head", "qa_outputs"),),
 }
 
 FAMILY = Family(
@@ -42,11 +71,23 @@ FAMILY = Family(
     architectures={
         "BertModel": Encoder,
         "BertForMaskedLM": MaskedLM,
+        "BertLMHeadModel": CausalLM,
+        "BertForPreTraining": PreTraining,
+        "BertForNextSentencePrediction": NextSentencePredictor,
         "BertForSequenceClassification": SequenceClassifier,
+        "BertForTokenClassification": TokenClassifier,
+        "BertForQuestionAnswering": QuestionAnswerer,
+        "BertForMultipleChoice": MultipleChoice,
     },
     like={SentenceEmbedder: Encoder},
-    carries={"BertForPreTraining": (MaskedLM,)},
+    carries={
+        "BertForPreTraining": (MaskedLM, CausalLM, NextSentencePredictor),
+        "BertForMaskedLM": (CausalLM, PreTraining),
+        "BertLMHeadModel": (MaskedLM, PreTraining),
+        "BertForNextSentencePrediction": (PreTraining,),
+    },
     prefix=PREFIX,
+    roots=("embeddings", "encoder", "pooler"),
     facts=facts(vocab_size=30522, padding_id=0),
     fixed=FIXED,
     irrelevant=IRRELEVANT,

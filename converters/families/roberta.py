@@ -2,7 +2,19 @@
 
 from dataclasses import replace
 
-from eqx_transformers import ROBERTA, XLM_R, Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers import (
+    ROBERTA,
+    XLM_R,
+    CausalLM,
+    Encoder,
+    EncoderConfig,
+    MaskedLM,
+    MultipleChoice,
+    QuestionAnswerer,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+)
 
 from ..family import Family
 from ..rules import Ignore, Table, affine
@@ -16,15 +28,19 @@ def table(config: EncoderConfig, model_class: type) -> Table:
 
 
 def head(config: EncoderConfig, model_class: type) -> Table:
-    if model_class is MaskedLM:
-        return (
-            *affine("lm_head.dense", "head.dense"),
-            *affine("lm_head.layer_norm", "head.norm"),
-            *output_table(config, PREFIX, "lm_head"),
-        )
-    if model_class is SequenceClassifier:
-        return (*affine("classifier.dense", "head.dense"), *affine("classifier.out_proj", "head.output"))
-    return ()
+    predictions = (
+        *affine("lm_head.dense", "head.dense"),
+        *affine("lm_head.layer_norm", "head.norm"),
+        *output_table(config, PREFIX, "lm_head"),
+    )
+    return {
+        MaskedLM: predictions,
+        CausalLM: predictions,
+        SequenceClassifier: (*affine("classifier.dense", "head.dense"), *affine("classifier.out_proj", "head.output")),
+        TokenClassifier: affine("classifier", "head.output"),
+        MultipleChoice: affine("classifier", "head.output"),
+        QuestionAnswerer: affine("qa_outputs", "head.output"),
+    }.get(model_class, ())
 
 
 SURPLUS = (
@@ -33,23 +49,43 @@ SURPLUS = (
     Ignore("qa_outputs.*", "the question-answering head is not part of this model", parameter=True),
 )
 
+MASKED = ("head.dense", "lm_head.dense"), ("head", "lm_head")
 HEAD_PROBES = {
     Encoder: (("pooler", "pooler"),),
-    MaskedLM: (("head.dense", "lm_head.dense"), ("head", "lm_head")),
-    SequenceClassifier: (("head.dense", "classifier.dense"), ("head.output", "classifier.out_proj")),
+    MaskedLM: MASKED,
+    CausalLM: MASKED,
+    SequenceClassifier: (("head.dense", "classifier.dense"), ("head", "classifier")),
+    TokenClassifier: (("head", "classifier"),),
+    MultipleChoice: (("backbone.pooler", "roberta.pooler"), ("head", "classifier")),
+    QuestionAnswerer: (("head", "qa_outputs"),),
 }
+
+
+def architectures(name: str) -> dict[str, type]:
+    """The reference's classes, which differ between the two families in this part of their names alone."""
+    return {
+        f"{name}Model": Encoder,
+        f"{name}ForMaskedLM": MaskedLM,
+        f"{name}ForCausalLM": CausalLM,
+        f"{name}ForSequenceClassification": SequenceClassifier,
+        f"{name}ForTokenClassification": TokenClassifier,
+        f"{name}ForQuestionAnswering": QuestionAnswerer,
+        f"{name}ForMultipleChoice": MultipleChoice,
+    }
+
+
+def carries(name: str) -> dict[str, tuple[type, ...]]:
+    return {f"{name}ForMaskedLM": (CausalLM,), f"{name}ForCausalLM": (MaskedLM,)}
+
 
 FAMILY = Family(
     model_type="roberta",
     defaults=ROBERTA,
-    architectures={
-        "RobertaModel": Encoder,
-        "RobertaForMaskedLM": MaskedLM,
-        "RobertaForSequenceClassification": SequenceClassifier,
-    },
+    architectures=architectures("Roberta"),
     like={SentenceEmbedder: Encoder},
-    carries={},
+    carries=carries("Roberta"),
     prefix=PREFIX,
+    roots=("embeddings", "encoder", "pooler"),
     facts=facts(vocab_size=50265, padding_id=1),
     fixed=FIXED,
     irrelevant=IRRELEVANT,
@@ -63,10 +99,7 @@ XLM = replace(
     FAMILY,
     model_type="xlm-roberta",
     defaults=XLM_R,
-    architectures={
-        "XLMRobertaModel": Encoder,
-        "XLMRobertaForMaskedLM": MaskedLM,
-        "XLMRobertaForSequenceClassification": SequenceClassifier,
-    },
+    architectures=architectures("XLMRoberta"),
+    carries=carries("XLMRoberta"),
     facts=facts(vocab_size=30522, padding_id=1),
 )

@@ -1,14 +1,24 @@
 """Models, one file a family, and the heads that stand on them."""
 
-from .heads import (
-    MaskedLM as MaskedLM,
-    SentenceEmbedder as SentenceEmbedder,
-    SequenceClassifier as SequenceClassifier,
-)
-from .roberta import (
+from .encoder_config import (
     BERT as BERT,
+    DISTILBERT as DISTILBERT,
+    ELECTRA as ELECTRA,
     ROBERTA as ROBERTA,
     XLM_R as XLM_R,
-    Encoder as Encoder,
     EncoderConfig as EncoderConfig,
 )
+from .heads import (
+    CausalLM as CausalLM,
+    Discriminator as Discriminator,
+    MaskedLM as MaskedLM,
+    MultipleChoice as MultipleChoice,
+    NextSentencePredictor as NextSentencePredictor,
+    PreTraining as PreTraining,
+    PreTrainingLogits as PreTrainingLogits,
+    QuestionAnswerer as QuestionAnswerer,
+    SentenceEmbedder as SentenceEmbedder,
+    SequenceClassifier as SequenceClassifier,
+    TokenClassifier as TokenClassifier,
+)
+from .roberta import Encoder as Encoder

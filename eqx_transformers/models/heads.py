@@ -1,11 +1,11 @@
 """What stands on an encoder: each head is one composition, made from a config or put on an encoder that is there.
 
+`Head(config, key=key)` builds both, `Head.of(encoder, labels, key=key)` puts a fresh head on an encoder.
 A head is called as its encoder is: `**inputs` are the keyword arguments of `Encoder.__call__`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,54 +13,74 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ..nn import ACTIVATIONS, LayerNorm, Linear
-from ..nn._dtypes import wider
 from ..nn._errors import within
-from .roberta import Encoder, EncoderConfig, Pooler, as_part, normal
+from .encoder_config import EncoderConfig
+from .head_parts import ClassificationHead, MaskedLMHead, Pooling
+from .roberta import Encoder, Pooler, as_part
 
 Ids = Integer[Array | np.ndarray, " seq"]
 Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
+Key = PRNGKeyArray | None
+H = TypeVar("H", bound="Head")
 
 
-class MaskedLMHead(eqx.Module):
-    """decoder(norm(activation(dense(x)))) + bias, where the tied decoder is the token embedding's `attend`.
+class Head(eqx.Module):
+    """What all heads share: the encoder in `backbone`, the config of the whole, and the way onto an encoder."""
 
-    `decoder` is None when tied: one leaf in the tree, in the embedding. `spare_bias` is an array of an untied file
-    that the reference never computes with; it is kept so that it goes back, and has no effect.
-    """
+    backbone: eqx.AbstractVar[Encoder]
+    config: eqx.AbstractVar[EncoderConfig]
+    takes_labels: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
-    dense: eqx.Module
-    activation: Callable
-    norm: eqx.Module
-    decoder: eqx.Module | None
-    bias: Float[Array, " vocab_size"]
-    spare_bias: Float[Array, " vocab_size"] | None
+    @classmethod
+    def of(cls: type[H], encoder: Encoder, labels: int | None = None, *, key: Key = None) -> H:
+        """This head on `encoder`, its own parameters drawn from `key`.
 
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
-        dense, decoder = jax.random.split(key)
-        linear = lambda outer, use_bias, k: Linear(
-            config.embed_dim, outer, use_bias=use_bias, init=normal(config), key=k
-        )
-        self.dense = linear(config.embed_dim, True, dense)
-        self.activation = ACTIVATIONS[config.prediction_activation or config.activation]
-        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.decoder = None if config.tied else linear(config.vocab_size, False, decoder)
-        self.bias = jnp.zeros(config.vocab_size)
-        self.spare_bias = jnp.zeros(config.vocab_size) if config.spare_bias else None
+        `labels` says how many where the head has labels (one of a `SequenceClassifier`: a regression), and is None
+        where it has none. Raises a `ValueError` otherwise, and for an encoder that is a part of another model.
+        """
+        if encoder.config is None:
+            raise ValueError(
+                "This encoder is a part of another model, which has the config:"
+                " Head(replace(model.config, labels=…), encoder=model.backbone, key=key) puts another head on it."
+            )
+        if cls.takes_labels == (labels is None):
+            raise ValueError(f"labels = {labels}: " + ("say how many." if cls.takes_labels else "this head has none."))
+        if key is None and cls.draws:
+            raise ValueError(f"{cls.__name__} has parameters of its own to draw: pass key=jax.random.key(…).")
+        config = encoder.config if labels is None else replace(encoder.config, labels=labels)
+        return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
 
-    def __call__(
-        self, hidden: Float[Array, "*axes embed_dim"], tokens: eqx.Module
-    ) -> Float[Array, "*axes {self.bias.shape[-1]}"]:
-        with within("dense"):
-            x = self.activation(self.dense(hidden))
-        with within("norm"):
-            x = self.norm(x)
-        with within("decoder"):
-            logits = tokens.attend(x) if self.decoder is None else self.decoder(x)
-        return logits + jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
+    def hidden(self, token_ids: Ids, key: Key, inputs: dict[str, Input]) -> Float[Array, "seq embed_dim"]:
+        """The encoder's hidden states."""
+        with within("backbone"):
+            return self.backbone(token_ids, key=key, **inputs)
+
+    def vector(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
+        """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
+        if self.backbone.pooler is None:
+            return hidden[0]
+        with within("backbone.pooler"):
+            return self.backbone.pooler(hidden)
 
 
-class MaskedLM(eqx.Module):
+def _backbone(
+    config: EncoderConfig, encoder: Encoder | None, key: PRNGKeyArray, *, pooler: bool
+) -> tuple[EncoderConfig, Encoder]:
+    """The config of a model whose encoder has a pooler or none, and that encoder: `encoder`, or a new one."""
+    config = replace(config, pooler=pooler)
+    encoder = Encoder(config, key=key) if encoder is None else encoder
+    kept = encoder.pooler if pooler else None
+    if pooler and kept is None:
+        kept = Pooler(config, key=jax.random.fold_in(key, 1))
+    return config, as_part(encoder, kept, config.causal)
+
+
+def _two(key: Key) -> tuple[Key, Key]:
+    return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+class MaskedLM(Head):
     """Scores of every vocabulary entry for every token: `seq vocab`."""
 
     backbone: Encoder
@@ -69,137 +89,240 @@ class MaskedLM(eqx.Module):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config = replace(config, pooler=False)
-        self.backbone = as_part(Encoder(self.config, key=body) if encoder is None else encoder, None)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
         self.head = MaskedLMHead(config, key=head)
 
-    @classmethod
-    def of(cls, encoder: Encoder, labels: int | None = None, *, key: PRNGKeyArray) -> "MaskedLM":
-        """A fresh masked-LM head on `encoder`; `labels` has no meaning here and must be None."""
-        return cls(_config(encoder, labels, takes_labels=False), key=key, encoder=encoder)
-
-    def __call__(
-        self, token_ids: Ids, *, key: PRNGKeyArray | None = None, **inputs: Input
-    ) -> Float[Array, "seq vocab"]:
-        with within("backbone"):
-            hidden = self.backbone(token_ids, key=key, **inputs)
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
+        hidden = self.hidden(token_ids, key, inputs)
         with within("head"):
             return self.head(hidden, self.backbone.embedding.tokens)
 
 
-class ClassificationHead(eqx.Module):
-    """output(dropout(tanh(dense(dropout(x))))) of one vector; without `dense`, output(dropout(x))."""
+class CausalLM(Head):
+    """Scores of the next token at every token: `seq vocab`. The encoder as a decoder: no token sees what follows it.
 
-    dense: eqx.Module | None
-    output: eqx.Module
-    dropout: eqx.nn.Dropout
-
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
-        dense, output = jax.random.split(key)
-        linear = lambda outer, k: Linear(config.embed_dim, outer, init=normal(config), key=k)
-        self.dense = linear(config.embed_dim, dense) if config.classifier == "dense" else None
-        self.output = linear(config.labels, output)
-        rate = config.dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = eqx.nn.Dropout(rate)
-
-    def __call__(self, x: Float[Array, " embed_dim"], *, key: PRNGKeyArray | None = None) -> Float[Array, " labels"]:
-        first, second = (None, None) if key is None else jax.random.split(key)
-        if self.dense is not None:
-            x = self.dropout(x, key=first, inference=True if key is None else None)
-            with within("dense"):
-                x = jnp.tanh(self.dense(x))
-        x = self.dropout(x, key=second, inference=True if key is None else None)
-        with within("output"):
-            return self.output(x)
-
-
-class SequenceClassifier(eqx.Module):
-    """Logits ` labels` of a whole sequence; with one label, a regression."""
+    The head is that of `MaskedLM`; a config that is not causal is made so. There is no cross-attention.
+    """
 
     backbone: Encoder
     head: eqx.Module
     config: EncoderConfig = eqx.field(static=True)
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
-        body, pooler, head = jax.random.split(key, 3)
-        reads_pooler = config.classifier == "pooler"
-        self.config = replace(config, pooler=reads_pooler)
-        if encoder is None:
-            encoder = Encoder(self.config, key=body)
-        kept = encoder.pooler if reads_pooler else None
-        self.backbone = as_part(encoder, Pooler(config, key=pooler) if reads_pooler and kept is None else kept)
-        self.head = ClassificationHead(config, key=head)
+        body, head = jax.random.split(key)
+        self.config, self.backbone = _backbone(replace(config, causal=True), encoder, body, pooler=False)
+        self.head = MaskedLMHead(config, key=head)
 
-    @classmethod
-    def of(cls, encoder: Encoder, labels: int, *, key: PRNGKeyArray) -> "SequenceClassifier":
-        """A fresh classifier of `labels` classes on `encoder` (1: a regression), and its pooler if need be."""
-        return cls(_config(encoder, labels, takes_labels=True), key=key, encoder=encoder)
-
-    def __call__(self, token_ids: Ids, *, key: PRNGKeyArray | None = None, **inputs: Input) -> Float[Array, " labels"]:
-        body, head = (None, None) if key is None else jax.random.split(key)
-        with within("backbone"):
-            hidden = self.backbone(token_ids, key=body, **inputs)
-        with within("backbone.pooler"):
-            x = hidden[0] if self.backbone.pooler is None else self.backbone.pooler(hidden)
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
+        hidden = self.hidden(token_ids, key, inputs)
         with within("head"):
-            return self.head(x, key=head)
+            return self.head(hidden, self.backbone.embedding.tokens)
 
 
-class Pooling(eqx.Module):
-    """One vector of a text's hidden states: their mean over the keys that exist, or the first one; then unit length.
+class PreTrainingLogits(NamedTuple):
+    """What BERT is pre-trained on: the scores of a masked LM, and of whether B follows A (0) or is random (1)."""
 
-    The mean is taken in float32 at least. Source: Reimers & Gurevych 2019, arXiv:1908.10084.
+    prediction: Float[Array, "*batch seq vocab"]
+    next_sentence: Float[Array, "*batch 2"]
+
+
+class PreTraining(Head):
+    """BERT's two heads of pre-training: `PreTrainingLogits` of a pair of texts, told apart by `token_type_ids`."""
+
+    backbone: Encoder
+    head: eqx.Module
+    next_sentence: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head, pair = jax.random.split(key, 3)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=True)
+        self.head = MaskedLMHead(config, key=head)
+        self.next_sentence = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=pair)
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> PreTrainingLogits:
+        hidden = self.hidden(token_ids, key, inputs)
+        with within("head"):
+            prediction = self.head(hidden, self.backbone.embedding.tokens)
+        vector = self.vector(hidden)
+        with within("next_sentence"):
+            return PreTrainingLogits(prediction, self.next_sentence(vector))
+
+
+class NextSentencePredictor(Head):
+    """Logits `2` of whether the second text follows the first (0) or is random (1)."""
+
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=True)
+        self.head = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=head)
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "2"]:
+        vector = self.vector(self.hidden(token_ids, key, inputs))
+        with within("head"):
+            return self.head(vector)
+
+
+class SequenceClassifier(Head):
+    """Logits ` labels` of a whole sequence; with one label, a regression."""
+
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+    takes_labels: ClassVar[bool] = True
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=config.classifier == "pooler")
+        dense = config.classifier == "dense"
+        rate = config.rate("classifier_dropout")
+        self.head = ClassificationHead(
+            config.embed_dim,
+            config.labels,
+            activation=config.classifier_activation if dense else None,
+            input_rate=rate if dense and config.classifier_input_dropout else 0.0,
+            rate=rate,
+            init=config.initializer,
+            key=head,
+        )
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, " labels"]:
+        body, head = _two(key)
+        vector = self.vector(self.hidden(token_ids, body, inputs))
+        with within("head"):
+            return self.head(vector, key=head)
+
+
+class TokenClassifier(Head):
+    """Logits `seq labels`: a label for each token."""
+
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+    takes_labels: ClassVar[bool] = True
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
+        rate, init = config.rate("token_dropout"), config.initializer
+        self.head = ClassificationHead(config.embed_dim, config.labels, rate=rate, init=init, key=head)
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq labels"]:
+        body, head = _two(key)
+        hidden = self.hidden(token_ids, body, inputs)
+        with within("head"):
+            return self.head(hidden, key=head)
+
+
+class QuestionAnswerer(Head):
+    """Logits `seq 2`: column 0 scores each token as the answer's first, column 1 as its last."""
+
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        # The reference counts start and end as its two labels.
+        self.config, self.backbone = _backbone(replace(config, labels=2), encoder, body, pooler=False)
+        rate, init = config.rate("answer_dropout"), config.initializer
+        self.head = ClassificationHead(config.embed_dim, 2, rate=rate, init=init, key=head)
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq 2"]:
+        body, head = _two(key)
+        hidden = self.hidden(token_ids, body, inputs)
+        with within("head"):
+            return self.head(hidden, key=head)
+
+
+class MultipleChoice(Head):
+    """One score a choice: token ids and every other input are `choices seq`, the logits ` choices`.
+
+    The choices run under a `jax.vmap` of their own inside the model; each draws its own dropout.
     """
 
-    kind: Literal["mean", "cls"] = eqx.field(static=True)
-    normalize: bool = eqx.field(static=True)
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        dense = config.choice == "dense"
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=not dense)
+        self.head = ClassificationHead(
+            config.embed_dim,
+            1,
+            activation=config.classifier_activation if dense else None,
+            rate=config.rate("choice_dropout"),
+            init=config.initializer,
+            key=head,
+        )
 
     def __call__(
-        self, hidden: Float[Array, "seq embed_dim"], keys: Bool[Array, " seq"] | None = None
-    ) -> Float[Array, " embed_dim"]:
-        wide = hidden.astype(wider(hidden.dtype, jnp.float32))
-        keys = jnp.ones(hidden.shape[0], bool) if keys is None else keys
-        if self.kind == "mean":
-            weights = keys.astype(wide.dtype)
-            x = weights @ wide / jnp.maximum(weights.sum(), 1e-9)
-        else:
-            x = wide[jnp.argmax(keys)]
-        if self.normalize:
-            # 1e-12 as in torch's normalize; the square root of the clamped square has a finite gradient at zero too.
-            x = x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(), 1e-24))
-        return x.astype(hidden.dtype)
+        self, token_ids: Integer[Array | np.ndarray, "choices seq"], *, key: Key = None, **inputs: Input
+    ) -> Float[Array, " choices"]:
+        """Raises a `ValueError` where an input does not have the choices of `token_ids`."""
+        for name, x in {"token_ids": token_ids, **inputs}.items():
+            if x is not None and (jnp.ndim(x) < 2 or jnp.shape(x)[0] != jnp.shape(token_ids)[0]):
+                raise ValueError(
+                    f"MultipleChoice: {name} must be 'choices seq' as token_ids, but it is {jnp.shape(x)}."
+                )
+        keys = None if key is None else jax.random.split(key, jnp.shape(token_ids)[0])
+        return jax.vmap(self.score)(token_ids, inputs, keys)
+
+    def score(self, token_ids: Ids, inputs: dict[str, Input], key: Key) -> Float[Array, ""]:
+        """The logit of one choice."""
+        body, head = _two(key)
+        vector = self.vector(self.hidden(token_ids, body, inputs))
+        with within("head"):
+            return self.head(vector, key=head)[0]
 
 
-class SentenceEmbedder(eqx.Module):
+class Discriminator(Head):
+    """Logits ` seq` of whether each token was replaced: ELECTRA's head of pre-training."""
+
+    backbone: Encoder
+    head: eqx.Module
+    config: EncoderConfig = eqx.field(static=True)
+
+    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+        body, head = jax.random.split(key)
+        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
+        init = config.initializer
+        self.head = ClassificationHead(config.embed_dim, 1, activation=config.activation, init=init, key=head)
+
+    def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, " seq"]:
+        hidden = self.hidden(token_ids, key, inputs)
+        with within("head"):
+            return self.head(hidden)[:, 0]
+
+
+class SentenceEmbedder(Head):
     """One vector ` embed_dim` of a text, as sentence-transformers makes it."""
 
     backbone: Encoder
     pooling: eqx.Module
     config: EncoderConfig = eqx.field(static=True)
+    draws: ClassVar[bool] = False
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
-        encoder = Encoder(config, key=key) if encoder is None else encoder
-        self.config = config
-        self.backbone = as_part(encoder, encoder.pooler)
+        self.config, self.backbone = _backbone(config, encoder, key, pooler=config.pooler)
         self.pooling = Pooling(config.pooling, config.normalize)
-
-    @classmethod
-    def of(cls, encoder: Encoder, labels: int | None = None, *, key: PRNGKeyArray | None = None) -> "SentenceEmbedder":
-        """The pooling of the encoder's config on `encoder`. Nothing is drawn from `key`; `labels` must be None."""
-        config = _config(encoder, labels, takes_labels=False)
-        return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
 
     def __call__(
         self,
         token_ids: Ids,
         *,
         attention_mask: Integer[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Key = None,
         **inputs: Input,
     ) -> Float[Array, " embed_dim"]:
         """`attention_mask` must be ` seq` here: it also says which hidden states are averaged."""
-        with within("backbone"):
-            hidden = self.backbone(token_ids, attention_mask=attention_mask, key=key, **inputs)
+        hidden = self.hidden(token_ids, key, {"attention_mask": attention_mask, **inputs})
         keys = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         if keys is not None and keys.ndim != 1:
             raise ValueError(f"SentenceEmbedder: attention_mask must be 'seq' (it is averaged over), not {keys.shape}.")
@@ -207,12 +330,19 @@ class SentenceEmbedder(eqx.Module):
             return self.pooling(hidden, keys)
 
 
-def _config(encoder: Encoder, labels: int | None, *, takes_labels: bool) -> EncoderConfig:
-    if encoder.config is None:
-        raise ValueError(
-            "This encoder is a part of another model, which has the config:"
-            " Head(replace(model.config, labels=…), encoder=model.backbone, key=key) puts another head on it."
-        )
-    if takes_labels == (labels is None):
-        raise ValueError(f"labels = {labels}: " + ("say how many." if takes_labels else "this head has none."))
-    return encoder.config if labels is None else replace(encoder.config, labels=labels)
+# By name, for all who list them: files, command lines, tests.
+HEADS: dict[str, type[Head]] = {
+    one.__name__: one
+    for one in (
+        MaskedLM,
+        CausalLM,
+        PreTraining,
+        NextSentencePredictor,
+        SequenceClassifier,
+        TokenClassifier,
+        QuestionAnswerer,
+        MultipleChoice,
+        Discriminator,
+        SentenceEmbedder,
+    )
+}

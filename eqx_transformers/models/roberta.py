@@ -1,123 +1,50 @@
-"""BERT, RoBERTa and XLM-R encoders: one implementation, the differences are facts of the config.
+"""BERT, RoBERTa, XLM-R, DistilBERT and ELECTRA encoders: one implementation, the differences are facts of the config.
 
-Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692; Conneau et al. 2019, arXiv:1911.02116.
+Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692; Conneau et al. 2019, arXiv:1911.02116;
+Sanh et al. 2019, arXiv:1910.01108; Clark et al. 2020, arXiv:2003.10555.
 """
 
 import dataclasses
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from ..nn import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Linear, Mask, Stack
 from ..nn._errors import error_if, within
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """What decides the function that an encoder and its heads compute: `BERT`, `ROBERTA` and `XLM_R` are such facts.
-
-    - `positions`: "index" counts 0, 1, 2, …; "after_padding" counts the tokens that are not padding, from
-      `padding_id + 1`, and gives padding the row `padding_id`.
-    - `padding_rows`: tables whose row `padding_id` gets no gradient from lookups.
-    - `classifier`: a sequence classifier reads the "pooler" of the encoder, or has a dense layer of its own ("dense").
-    - `prediction_activation`: of the masked-LM head; None means `activation`.
-    - `tied`: the masked-LM head scores against the token embedding; `spare_bias`: an untied file keeps a second,
-      unused output bias, carried so that it goes back.
-    - `pooling`, `normalize`: how a sentence embedder makes one vector.
-    """
-
-    family: Literal["bert", "roberta", "xlm-roberta"]
-    vocab_size: int
-    embed_dim: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    max_positions: int = 512
-    token_types: int = 2
-    norm_eps: float = 1e-12
-    activation: str = "gelu"
-    positions: Literal["index", "after_padding"] = "index"
-    padding_id: int | None = 0
-    padding_rows: tuple[Literal["tokens", "positions"], ...] = ("tokens",)
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
-    pooler: bool = True
-    labels: int = 2
-    classifier: Literal["pooler", "dense"] = "pooler"
-    classifier_dropout: float | None = None
-    prediction_activation: str | None = None
-    tied: bool = True
-    spare_bias: bool = False
-    pooling: Literal["mean", "cls"] = "mean"
-    normalize: bool = True
-
-    def __post_init__(self):
-        for name in ("activation", "prediction_activation"):
-            chosen = getattr(self, name)
-            if chosen is not None and chosen not in ACTIVATIONS:
-                raise ValueError(f"{name} = {chosen!r} is not one of {', '.join(ACTIVATIONS)}.")
-        for name in ("vocab_size", "embed_dim", "num_heads", "mlp_dim", "max_positions", "token_types", "labels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        if self.num_layers < 0:
-            raise ValueError(f"num_layers = {self.num_layers} must not be negative.")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}.")
-        if self.positions == "after_padding" and self.padding_id is None:
-            raise ValueError("positions = 'after_padding' counts from padding_id + 1, but padding_id is None.")
-
-
-BERT = EncoderConfig(family="bert", vocab_size=30522)
-ROBERTA = EncoderConfig(
-    family="roberta",
-    vocab_size=50265,
-    max_positions=514,
-    token_types=1,
-    norm_eps=1e-5,
-    positions="after_padding",
-    padding_id=1,
-    padding_rows=("tokens", "positions"),
-    classifier="dense",
-    prediction_activation="gelu",
-)
-XLM_R = replace(ROBERTA, family="xlm-roberta", vocab_size=250002)
-
-
-def normal(config: EncoderConfig) -> Initializer:
-    """The family's initialiser of every matrix: normal with standard deviation `init_std`."""
-    return jax.nn.initializers.normal(config.init_std)
+from .encoder_config import EncoderConfig
 
 
 class EncoderEmbedding(eqx.Module):
-    """norm(tokens + token types + positions), then dropout."""
+    """norm(tokens + token types + positions), then dropout, then a projection if the tables are of another width."""
 
     tokens: eqx.Module
     positions: eqx.Module
-    token_types: eqx.Module
+    token_types: eqx.Module | None
     norm: eqx.Module
     dropout: eqx.nn.Dropout
+    projection: eqx.Module | None
     rule: Literal["index", "after_padding"] = eqx.field(static=True)
+    offset: int = eqx.field(static=True)
     padding_id: int | None = eqx.field(static=True)
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
         tokens, positions, types = jax.random.split(key, 3)
         padding = lambda table: config.padding_id if table in config.padding_rows else None
-        table = lambda rows, name, k: Embedding(
-            rows, config.embed_dim, padding_id=padding(name), init=normal(config), key=k
-        )
+        init, width = config.initializer, config.table_dim
+        table = lambda rows, name, k: Embedding(rows, width, padding_id=padding(name), init=init, key=k)
         self.tokens = table(config.vocab_size, "tokens", tokens)
         self.positions = table(config.max_positions, "positions", positions)
-        self.token_types = table(config.token_types, "token_types", types)
-        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.dropout = eqx.nn.Dropout(config.dropout)
+        self.token_types = table(config.token_types, "token_types", types) if config.token_types else None
+        self.norm = LayerNorm(width, eps=config.norm_eps)
+        self.dropout = eqx.nn.Dropout(config.rate("embedding_dropout"))
+        project = Linear(width, config.embed_dim, init=init, key=jax.random.fold_in(key, 3))
+        self.projection = None if width == config.embed_dim else project
         self.rule = config.positions
+        self.offset = config.position_offset
         self.padding_id = config.padding_id
 
     def __call__(
@@ -131,16 +58,23 @@ class EncoderEmbedding(eqx.Module):
     ) -> Float[Array, "seq embed_dim"]:
         if position_ids is None:
             position_ids = self.position_ids(token_ids, segment_ids)
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(token_ids)
         with within("tokens"):
             x = self.tokens(token_ids)  # its dtype is that of the stream through the model
-        for name, ids in (("token_types", token_type_ids), ("positions", position_ids)):
-            with within(name):
-                x = x + getattr(self, name)(ids).astype(x.dtype)
+        if self.token_types is not None:
+            with within("token_types"):
+                types = jnp.zeros_like(token_ids) if token_type_ids is None else token_type_ids
+                x = x + self.token_types(types).astype(x.dtype)
+        elif token_type_ids is not None:
+            raise ValueError("EncoderEmbedding: token_type_ids were given, but this model has no token types.")
+        with within("positions"):
+            x = x + self.positions(position_ids).astype(x.dtype)
         with within("norm"):
             x = self.norm(x)
-        return self.dropout(x, key=key, inference=True if key is None else None)
+        x = self.dropout(x, key=key, inference=True if key is None else None)
+        if self.projection is None:
+            return x
+        with within("projection"):
+            return self.projection(x)
 
     def position_ids(
         self, token_ids: Int[Array, " seq"], segment_ids: Int[Array, " seq"] | None = None
@@ -150,7 +84,7 @@ class EncoderEmbedding(eqx.Module):
         Raises a `ValueError` when the sequence is longer than the table can hold.
         """
         before = -1 if self.padding_id is None else self.padding_id  # "after_padding" always has one
-        first = 0 if self.rule == "index" else before + 1
+        first = self.offset if self.rule == "index" else before + 1
         room, seq = self.positions.vocab_size - first, token_ids.shape[-1]
         if segment_ids is None and seq > room:
             raise ValueError(
@@ -161,7 +95,7 @@ class EncoderEmbedding(eqx.Module):
         counted = jnp.ones_like(token_ids, bool) if self.rule == "index" else token_ids != before
         real = counted.astype(token_ids.dtype)
         count = jnp.cumsum(real) - _before_segment(real, segment_ids)
-        return count - 1 if self.rule == "index" else count * real + before
+        return count - 1 + first if self.rule == "index" else count * real + before
 
 
 def _before_segment(real: Int[Array, " seq"], segment_ids: Int[Array, " seq"] | None) -> Int[Array, " seq"]:
@@ -179,18 +113,25 @@ class EncoderBlock(eqx.Module):
     attention_norm: eqx.Module
     mlp: eqx.Module
     mlp_norm: eqx.Module
-    dropout: eqx.nn.Dropout
+    attention_output_dropout: eqx.nn.Dropout
+    mlp_output_dropout: eqx.nn.Dropout
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
         attention, mlp = jax.random.split(key)
+        init = config.initializer
         self.attention = Attention(
-            config.embed_dim, config.num_heads, dropout=config.attention_dropout, init=normal(config), key=attention
+            config.embed_dim,
+            config.num_heads,
+            dropout=config.attention_dropout,
+            empty=config.empty,
+            init=init,
+            key=attention,
         )
         self.attention_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        activation = ACTIVATIONS[config.activation]
-        self.mlp = MLP(config.embed_dim, config.mlp_dim, activation, init=normal(config), key=mlp)
+        self.mlp = MLP(config.embed_dim, config.mlp_dim, ACTIVATIONS[config.activation], init=init, key=mlp)
         self.mlp_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.dropout = eqx.nn.Dropout(config.dropout)
+        self.attention_output_dropout = eqx.nn.Dropout(config.rate("attention_output_dropout"))
+        self.mlp_output_dropout = eqx.nn.Dropout(config.dropout)
 
     def __call__(
         self, x: Float[Array, "*axes seq embed_dim"], mask: Mask | None = None, *, key: PRNGKeyArray | None = None
@@ -198,15 +139,16 @@ class EncoderBlock(eqx.Module):
         inside, after, last = (None, None, None) if key is None else jax.random.split(key, 3)
         with within("attention"):
             y = self.attention(x, mask, key=inside)
-        x = self._join("attention_norm", x, y, after)
+        x = self._join("attention", x, y, after)
         with within("mlp"):
             y = self.mlp(x)
-        return self._join("mlp_norm", x, y, last)
+        return self._join("mlp", x, y, last)
 
-    def _join(self, norm: str, x: Array, y: Array, key: PRNGKeyArray | None) -> Float[Array, "*axes seq embed_dim"]:
-        y = self.dropout(y, key=key, inference=True if key is None else None)
-        with within(norm):
-            return getattr(self, norm)(x + y)
+    def _join(self, part: str, x: Array, y: Array, key: PRNGKeyArray | None) -> Float[Array, "*axes seq embed_dim"]:
+        dropout, norm = getattr(self, f"{part}_output_dropout"), getattr(self, f"{part}_norm")
+        y = dropout(y, key=key, inference=True if key is None else None)
+        with within(f"{part}_norm"):
+            return norm(x + y)
 
 
 class Pooler(eqx.Module):
@@ -215,7 +157,7 @@ class Pooler(eqx.Module):
     dense: eqx.Module
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
-        self.dense = Linear(config.embed_dim, config.embed_dim, init=normal(config), key=key)
+        self.dense = Linear(config.embed_dim, config.embed_dim, init=config.initializer, key=key)
 
     def __call__(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
         with within("dense"):
@@ -231,6 +173,8 @@ class Encoder(eqx.Module):
     embedding: eqx.Module
     stack: Stack
     pooler: eqx.Module | None
+    causal: bool = eqx.field(static=True)
+    hidden_id: int | None = eqx.field(static=True)
     config: EncoderConfig | None = eqx.field(static=True)
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
@@ -239,6 +183,8 @@ class Encoder(eqx.Module):
         block = lambda i: EncoderBlock(config, key=jax.random.fold_in(blocks, i))
         self.stack = Stack(tuple(block(i) for i in range(config.num_layers)))
         self.pooler = Pooler(config, key=pooler) if config.pooler else None
+        self.causal = config.causal
+        self.hidden_id = config.padding_id if config.hides_padding else None
         self.config = config
 
     def __call__(
@@ -261,7 +207,9 @@ class Encoder(eqx.Module):
         """
         ids: Any = _ids("token_ids", token_ids)
         segments = _ids("segment_ids", segment_ids, ids)
-        mask = _mask(attention_mask, segments, len(ids))
+        if attention_mask is None and self.hidden_id is not None:
+            attention_mask = ids != self.hidden_id
+        mask = _mask(attention_mask, segments, len(ids), self.causal)
         embed, blocks = (None, None) if key is None else jax.random.split(key)
         with within("embedding"):
             x = self.embedding(
@@ -289,10 +237,10 @@ def _ids(name: str, x: Any, like: Array | None = None) -> Array | None:
     return x.astype(jnp.int32)
 
 
-def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int) -> Mask:
+def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int, causal: bool) -> Mask:
     """The encoder's mask from what a tokenizer or a packer gives."""
     if attention_mask is None:
-        return Mask(segments=segments)
+        return Mask(causal=causal, segments=segments)
     given = jnp.asarray(attention_mask)
     if given.shape not in ((seq,), (seq, seq)):
         wanted = f"{(seq,)} (keys) or {(seq, seq)} (queries, keys)"
@@ -303,19 +251,17 @@ def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int) ->
     if given.dtype != jnp.bool_:
         wrong = (given != 0) & (given != 1)
         given = error_if(given, wrong, "attention_mask must hold 0 and 1 (or False and True).") != 0
-    return Mask(keys=given, segments=segments) if given.ndim == 1 else Mask(dense=given, segments=segments)
+    keys, dense = (given, None) if given.ndim == 1 else (None, given)
+    return Mask(causal=causal, segments=segments, keys=keys, dense=dense)
 
 
 _ONE = "A model takes one sequence: jax.vmap it over a batch."
 
 
-def as_part(encoder: Encoder, pooler: eqx.Module | None) -> Encoder:
-    """The encoder as a part of a model: without a config of its own, which the model carries, and with this pooler."""
+def as_part(encoder: Encoder, pooler: eqx.Module | None, causal: bool) -> Encoder:
+    """The encoder as a part of a model: without a config of its own, which the model carries, and with these."""
     part = object.__new__(Encoder)
-    fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)} | {
-        "config": None,
-        "pooler": pooler,
-    }
-    for name, value in fields.items():
+    changed = {"config": None, "pooler": pooler, "causal": causal}
+    for name, value in ({f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)} | changed).items():
         object.__setattr__(part, name, value)
     return part

@@ -6,13 +6,29 @@ import numpy as np
 import pytest
 
 import converters
-from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
+from converters.families import FAMILIES
+from eqx_transformers import (
+    CausalLM,
+    Encoder,
+    MaskedLM,
+    NextSentencePredictor,
+    PreTraining,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from eqx_transformers.surgery import leaves_by_path
 
 from ..reference import make, reference, save
-from ..tiny import SUFFIX, TINY, Row
+from ..tiny import Row
 
-PAIRS = [(Row(family, held), wanted) for family in TINY for held in SUFFIX for wanted in SUFFIX]
+# BERT's every file under its every head; of the other families the bare file and the masked LM's.
+PAIRS = [
+    (Row(name, held), wanted)
+    for name, family in FAMILIES.items()
+    for held in (family.models.values() if name == "bert" else (Encoder, MaskedLM))
+    for wanted in family.models.values()
+]
 KEY = jax.random.key(7)
 
 
@@ -29,14 +45,29 @@ def test_the_encoder_is_read_and_only_a_strange_head_is_drawn(row, wanted):
     assert type(model) is wanted and report.ok
     for part in ("embedding", "stack"):
         assert eqx.tree_equal(getattr(encoder(model), part), getattr(encoder(own), part))
-    shared = {row.head, wanted} <= {Encoder, SentenceEmbedder} or row.head is wanted
-    allowed = () if shared or wanted in (Encoder, SentenceEmbedder) else ("head.", "backbone.pooler.")
-    assert all(path.startswith(allowed) for path in report.new) if allowed else not report.new
+    bare = {Encoder, SentenceEmbedder}
+    of_a_head = lambda path: not path.startswith("backbone.") or path.startswith("backbone.pooler.")
+    assert not report.new if wanted in bare or wanted is row.head else all(map(of_a_head, report.new))
+    heads = {path for path in leaves_by_path(eqx.filter(model, eqx.is_array)) if not path.startswith("backbone.")}
+    if wanted not in bare and wanted is not row.head:
+        held = HELD.get((row.head, wanted), ())
+        assert {path for path in heads if path not in report.new} == {p for p in heads if p.startswith(held or "-")}
     if row.head is wanted:
         assert eqx.tree_equal(model, own) and not report.dropped
-    if row.head in (MaskedLM, SequenceClassifier) and wanted is not row.head:
-        assert report.dropped or (row.head is SequenceClassifier and row.family == "bert")
     assert origin.dropped == report.dropped
+
+
+# What a file of the first holds of the second's own arrays; all else is drawn.
+HELD = {
+    (MaskedLM, CausalLM): ("head.",),
+    (CausalLM, MaskedLM): ("head.",),
+    (MaskedLM, PreTraining): ("head.",),
+    (CausalLM, PreTraining): ("head.",),
+    (PreTraining, MaskedLM): ("head.",),
+    (PreTraining, CausalLM): ("head.",),
+    (PreTraining, NextSentencePredictor): ("head.",),
+    (NextSentencePredictor, PreTraining): ("next_sentence.",),
+}
 
 
 def test_a_pooler_that_the_file_has_is_not_drawn():
@@ -60,24 +91,38 @@ def test_another_number_of_labels_draws_the_output_layer_alone():
     assert eqx.tree_equal(same, own)
 
 
-def test_a_file_of_both_pretraining_heads_gives_its_masked_lm(tmp_path):
-    import transformers
-
-    row = Row("bert", MaskedLM)
-    torch_model = transformers.BertForPreTraining(transformers.BertConfig(**TINY["bert"]))
-    save(torch_model, row, tmp_path)
-    with pytest.raises(converters.UnsupportedConfig, match="BertForPreTraining"):
-        converters.load(tmp_path)
-    model, _ = converters.load(tmp_path, head=MaskedLM)
-    report = converters.inspect(tmp_path, head=MaskedLM)
-    assert not report.new and set(report.dropped) == {
+def test_a_file_of_both_pretraining_heads_gives_either():
+    row = Row("bert", PreTraining)
+    directory = reference(row).directory
+    held = reference(row).model.state_dict()
+    model, _ = converters.load(directory, head=MaskedLM)
+    assert set(converters.inspect(directory, head=MaskedLM).dropped) == {
         "bert.pooler.dense.bias",
         "bert.pooler.dense.weight",
         "cls.seq_relationship.bias",
         "cls.seq_relationship.weight",
     }
-    expected = torch_model.cls.predictions.transform.dense.weight.detach().numpy()
-    assert np.array_equal(model.head.dense.weight, expected)
+    assert np.array_equal(model.head.dense.weight, held["cls.predictions.transform.dense.weight"].numpy())
+    pairs, _ = converters.load(directory, head=NextSentencePredictor)
+    assert np.array_equal(pairs.head.output.weight, held["cls.seq_relationship.weight"].numpy())
+
+
+def test_a_decoder_that_sees_the_future_is_not_guessed_at():
+    row = Row("bert", CausalLM, {"is_decoder": False})
+    directory = reference(row).directory
+    with pytest.raises(converters.UnsupportedConfig, match=r"BertLMHeadModel but has is_decoder = false.*MaskedLM"):
+        converters.load(directory)
+    assert converters.load(directory, override={"causal": True})[0].config.causal
+    assert not converters.load(directory, head=MaskedLM)[0].config.causal
+    masked = reference(Row("bert", MaskedLM)).directory
+    assert converters.load(masked, head=CausalLM)[0].backbone.causal  # asked for, a decoder is made of an encoder
+
+
+def test_labels_are_for_heads_that_have_them():
+    directory = reference(Row("bert", Encoder)).directory
+    with pytest.raises(converters.ConversionError, match="labels=3 is for a classifier, and a PreTraining is none"):
+        converters.load(directory, head=PreTraining, labels=3, key=KEY)
+    assert converters.load(directory, head=TokenClassifier, labels=3, key=KEY)[0].head.output.weight.shape == (3, 21)
 
 
 def test_missing_arrays_may_be_drawn_by_name_and_strange_keys_passed_by_glob(tmp_path):

@@ -10,12 +10,21 @@ import numpy as np
 
 from eqx_transformers import (
     BERT,
+    DISTILBERT,
+    ELECTRA,
     ROBERTA,
     XLM_R,
+    CausalLM,
+    Discriminator,
     Encoder,
     MaskedLM,
+    MultipleChoice,
+    NextSentencePredictor,
+    PreTraining,
+    QuestionAnswerer,
     SentenceEmbedder,
     SequenceClassifier,
+    TokenClassifier,
     stack,
 )
 from eqx_transformers.skeletons import skeleton
@@ -26,8 +35,23 @@ CONFIGS = {
     "bert": replace(BERT, **SIZES, activation="gelu_tanh"),
     "roberta": replace(ROBERTA, **SIZES, labels=3),
     "xlm-roberta": replace(XLM_R, **SIZES, activation="relu"),
+    "distilbert": replace(DISTILBERT, **SIZES),
+    "electra": replace(ELECTRA, **SIZES, embedding_dim=13, activation="silu"),
 }
-HEADS = (Encoder, MaskedLM, SequenceClassifier, SentenceEmbedder)
+# The models of one sequence, and what a call of each gives.
+SHAPES = {
+    Encoder: ("seq", 21),
+    MaskedLM: ("seq", 61),
+    SequenceClassifier: ("labels",),
+    SentenceEmbedder: (21,),
+    CausalLM: ("seq", 61),
+    PreTraining: (("seq", 61), (2,)),
+    NextSentencePredictor: (2,),
+    TokenClassifier: ("seq", "labels"),
+    QuestionAnswerer: ("seq", 2),
+    Discriminator: ("seq",),
+}
+HEADS = (*SHAPES, MultipleChoice)
 KEY = jax.random.key(0)
 LENGTH = 13
 

@@ -8,36 +8,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers import (
+    CausalLM,
+    Encoder,
+    MaskedLM,
+    MultipleChoice,
+    PreTraining,
+    PreTrainingLogits,
+    QuestionAnswerer,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from eqx_transformers.skeletons import differences, skeleton
 
-from .ours import CONFIGS, HEADS, KEY, LENGTH, SIZES, call, filled, make, tokens, train
+from .ours import CONFIGS, HEADS, KEY, LENGTH, SHAPES, SIZES, call, make, tokens, train
 
 ON_ENCODERS = [head for head in HEADS if head is not Encoder]
 FAMILIES = ["bert", "roberta"]
-LABELS = {MaskedLM: None, SequenceClassifier: 5, SentenceEmbedder: None}
+LABELS = {SequenceClassifier: 5, TokenClassifier: 5}
 arrays = lambda tree: jax.tree.leaves(eqx.filter(tree, eqx.is_array))
 name = lambda head: head.__name__
 
 
 def put(head, encoder, key=KEY):
-    return head.of(encoder, LABELS[head], key=key)
+    return head.of(encoder, LABELS.get(head), key=key)
 
 
 # ---- from a config, and on an encoder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("head", "shape"),
-    [(MaskedLM, (LENGTH, SIZES["vocab_size"])), (SequenceClassifier, (3,)), (SentenceEmbedder, (SIZES["embed_dim"],))],
-    ids=["MaskedLM", "SequenceClassifier", "SentenceEmbedder"],
-)
-def test_a_head_from_a_config_is_what_its_config_builds(head, shape, family):
-    model = filled(eqx.filter_eval_shape(head, replace(CONFIGS[family], labels=3), key=KEY))
+def shaped(shape):
+    """The shape with its words replaced by sizes."""
+    sizes = {"seq": LENGTH, "labels": 3}
+    return tuple(shaped(x) if isinstance(x, tuple) else sizes.get(x, x) for x in shape)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("head", SHAPES, ids=name)
+def test_a_head_from_a_config_is_what_its_config_builds(head, family):
+    model = eqx.filter_eval_shape(head, replace(CONFIGS[family], labels=3), key=KEY)
     assert differences(model) == []
-    assert model.backbone.config is None  # the top-level model alone carries it
-    assert call(model, tokens()).shape == shape
+    assert head is Encoder or model.backbone.config is None  # the top-level model alone carries it
+    output = eqx.filter_eval_shape(lambda m, ids: m(ids), model, tokens())
+    found = tuple(x.shape for x in output) if isinstance(output, tuple) else output.shape
+    assert found == shaped(SHAPES[head])
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["tuple", "stacked"])
@@ -189,13 +204,126 @@ def test_a_mean_in_half_precision_is_taken_in_float32():
     np.testing.assert_array_equal(pooling(hidden), np.ones(3))
 
 
+def line(output):
+    """Every number of an output."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(output)])
+
+
 @pytest.mark.parametrize("head", ON_ENCODERS, ids=name)
 def test_a_key_switches_dropout_on_in_a_head_and_inference_mode_wins(head):
     model, ids = make(head, "roberta", num_layers=0, classifier_dropout=0.5), tokens()
-    plain, dropped = call(model, ids), call(model, ids, KEY)
+    ids = np.stack([ids, ids]) if head is MultipleChoice else ids
+    plain, dropped = line(call(model, ids)), line(call(model, ids, KEY))
     assert not np.allclose(plain, dropped, atol=1e-3)
-    np.testing.assert_array_equal(dropped, call(model, ids, KEY))
-    np.testing.assert_array_equal(plain, call(eqx.nn.inference_mode(model), ids, KEY))
+    np.testing.assert_array_equal(dropped, line(call(model, ids, KEY)))
+    np.testing.assert_array_equal(plain, line(call(eqx.nn.inference_mode(model), ids, KEY)))
+    if head is MultipleChoice:
+        assert dropped[0] != dropped[1]  # each choice draws its own
+
+
+# Where each family's heads drop, at rates that tell the sites apart: (head, site) -> rate.
+SITES = {"dropout": 0.1, "classifier_dropout": 0.2, "answer_dropout": 0.4}
+RATES = {
+    "bert": (0.0, 0.2, 0.2, 0.2, 0.4),
+    "roberta": (0.2, 0.2, 0.2, 0.1, 0.4),
+    "xlm-roberta": (0.2, 0.2, 0.2, 0.1, 0.4),
+    "distilbert": (0.0, 0.2, 0.1, 0.2, 0.4),
+    "electra": (0.2, 0.2, 0.2, 0.1, 0.4),
+}
+
+
+@pytest.mark.parametrize("family", RATES)
+def test_the_heads_of_a_family_drop_where_the_reference_does(family):
+    head = lambda model_class: skeleton(model_class, replace(CONFIGS[family], **SITES)).head
+    classifier = head(SequenceClassifier)
+    others = [head(one).dropout.p for one in (TokenClassifier, MultipleChoice, QuestionAnswerer)]
+    assert (classifier.input_dropout.p, classifier.dropout.p, *others) == RATES[family]
+
+
+def test_the_encoders_of_the_families_drop_where_the_reference_does():
+    config = replace(CONFIGS["distilbert"], dropout=0.3, attention_dropout=0.2)
+    model = skeleton(Encoder, config)
+    block = model.stack.blocks[1]
+    rates = (model.embedding.dropout.p, block.attention.dropout.p, block.attention_output_dropout.p)
+    assert (*rates, block.mlp_output_dropout.p) == (0.3, 0.2, 0.0, 0.3)
+
+
+# ---- what the further heads mean
+
+
+def test_a_causal_model_sees_no_future():
+    model, ids = make(CausalLM, "bert"), tokens()
+    changed = np.concatenate([ids[:7], tokens(1)[7:]])
+    ours, theirs = call(model, ids), call(model, changed)
+    np.testing.assert_array_equal(ours[:7], theirs[:7])
+    assert not np.allclose(ours[7:], theirs[7:], atol=1e-3)
+    assert model.config.causal and not make(MaskedLM, "bert").config.causal
+    made = CausalLM.of(make(Encoder, "bert"), key=KEY)
+    assert made.config.causal and made.backbone.causal and differences(made) == []
+
+
+def test_pre_training_gives_both_logits_and_each_is_its_own_heads():
+    model, ids = make(PreTraining, "bert"), tokens()
+    output = call(model, ids)
+    assert isinstance(output, PreTrainingLogits)
+    masked = MaskedLM(model.config, key=KEY, encoder=model.backbone)
+    masked = eqx.tree_at(lambda m: m.head, masked, model.head)
+    np.testing.assert_allclose(output.prediction, call(masked, ids), rtol=0, atol=1e-5)
+    assert output.next_sentence.shape == (2,)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_multiple_choice_scores_each_choice_alone(family):
+    model = make(MultipleChoice, family)
+    ids, mask = np.stack([tokens(i) for i in range(3)]), np.ones((3, LENGTH), np.int32)
+    mask[1, 5:] = 0
+    together = call(model, ids, attention_mask=mask)
+    assert together.shape == (3,)
+    for i in range(3):
+        alone = call(model, ids[i : i + 1], attention_mask=mask[i : i + 1])
+        np.testing.assert_allclose(together[i], alone[0], rtol=0, atol=1e-5)
+
+
+def test_multiple_choice_wants_every_input_for_every_choice(unchecked):
+    model, ids = make(MultipleChoice, "bert"), np.stack([tokens(0), tokens(1)])
+    with pytest.raises(ValueError, match=r"token_ids must be 'choices seq' as token_ids, not \(13,\)"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"attention_mask must be 'choices seq' as token_ids, not \(13,\)"):
+        model(ids, attention_mask=np.ones(LENGTH, int))
+
+
+def test_a_head_with_parameters_needs_a_key_to_draw_them():
+    with pytest.raises(ValueError, match=r"QuestionAnswerer has parameters of its own to draw: pass key="):
+        QuestionAnswerer.of(make(Encoder, "bert"))
+
+
+def test_an_encoder_without_token_types_refuses_them(unchecked):
+    with pytest.raises(ValueError, match="token_type_ids were given, but this model has no token types"):
+        make(Encoder, "distilbert")(tokens(), token_type_ids=np.zeros(LENGTH, int))
+
+
+def test_where_padding_hides_itself_no_mask_is_needed():
+    model = make(Encoder, "bert", hides_padding=True)
+    ids = np.where(np.arange(LENGTH) < 8, tokens(), model.config.padding_id)
+    mask = (ids != model.config.padding_id).astype(np.int32)
+    np.testing.assert_array_equal(call(model, ids), call(model, ids, attention_mask=mask))
+    seen = call(model, ids, attention_mask=np.ones(LENGTH, np.int32))  # a mask that is given is believed
+    assert not np.allclose(seen, call(model, ids), atol=1e-3)
+
+
+def test_positions_may_start_at_an_offset():
+    model, ids = make(Encoder, "bert", position_offset=2), tokens()
+    there = np.arange(2, 2 + LENGTH)
+    np.testing.assert_array_equal(call(model, ids), call(model, ids, position_ids=there))
+    with pytest.raises(ValueError, match=r"30 tokens is longer .* which is 29 \(31 rows, the first 2 not for tokens\)"):
+        model(tokens(length=30))
+
+
+def test_a_truncated_initialiser_stops_at_two_deviations():
+    config = replace(CONFIGS["bert"], init="truncated", init_std=0.02, embed_dim=60, mlp_dim=500)
+    weight = Encoder(config, key=KEY).stack.blocks[0].mlp.up_proj.weight
+    assert 0.038 < float(jnp.abs(weight).max()) <= 0.04
+    assert abs(float(weight.std()) - 0.0176) < 2e-4  # the deviation of a normal that is cut at twice its own
 
 
 def test_a_classifier_has_its_own_dropout_or_the_models():

@@ -27,7 +27,7 @@ def test_facts_change_and_the_arrays_are_the_same_objects(stacked):
     assert mine.keys() == theirs.keys() and all(mine[path] is theirs[path] for path in mine)
     assert changed.backbone.stack.is_stacked == stacked
     block = changed.backbone.stack.blocks if stacked else changed.backbone.stack.blocks[0]
-    assert (block.dropout.p, block.attention.dropout.p, block.mlp.activation) == (0.7, 0.6, relu)
+    assert (block.mlp_output_dropout.p, block.attention.dropout.p, block.mlp.activation) == (0.7, 0.6, relu)
     assert (block.mlp_norm.eps, changed.head.norm.eps) == (0.5, 0.5)
     assert model.config.dropout == CONFIGS["bert"].dropout  # the model that was given is as it was
 
@@ -42,7 +42,7 @@ def test_how_a_model_runs_is_kept(stacked):
     assert changed.stack.remat and changed.stack.is_stacked == stacked
     for block in blocks(changed):
         assert block.attention.attend is kernels.plain
-        assert block.dropout.inference and block.dropout.p == 0.7
+        assert block.mlp_output_dropout.inference and block.mlp_output_dropout.p == 0.7
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
