@@ -1,5 +1,6 @@
 """Checkpoints of the Hugging Face ecosystem, in and out. The one public door of this package."""
 
+from .arrays import from_arrays as from_arrays
 from .convert import export as export, inspect as inspect, load as load
 from .errors import (
     ConversionError as ConversionError,

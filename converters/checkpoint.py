@@ -20,13 +20,17 @@ OTHERS = (".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".gguf")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds, known from headers: `specs` by key, and which of `layout`'s files holds each."""
+    """What a directory holds, known from headers: `specs` by key, and which of `layout`'s files holds each.
 
-    directory: Path
+    Without a directory, `arrays` are the tensors themselves.
+    """
+
+    directory: Path | None
     config: dict[str, Any]
     specs: dict[str, Spec]
     layout: dict[str, list[str]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def _file_of(self) -> dict[str, str]:
@@ -34,6 +38,8 @@ class Checkpoint:
 
     def get(self, key: str) -> np.ndarray:
         """One tensor, in a buffer of its own."""
+        if self.directory is None:
+            return np.array(self.arrays[key])
         path = self.directory / self._file_of[key]
         try:
             with open(path, "rb", buffering=0) as file:

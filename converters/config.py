@@ -40,6 +40,13 @@ def whole(value: Any) -> int:
     return value
 
 
+def some(value: Any) -> int:
+    """A whole number that is not zero."""
+    if whole(value) < 1:
+        raise ValueError("expected 1 or more")
+    return value
+
+
 def number(value: Any) -> float:
     # Python's JSON has NaN and Infinity, and a whole number may be too large to be a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:

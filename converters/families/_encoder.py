@@ -6,7 +6,7 @@ from typing import Any
 
 from eqx_transformers import CausalLM, Encoder, EncoderConfig, MaskedLM, PreTraining, SentenceEmbedder
 
-from ..config import Fact, choice, fact, flag, optional, rate, size, whole
+from ..config import Fact, choice, fact, flag, optional, rate, size, some, whole
 from ..errors import UnsupportedConfig
 from ..rules import Ignore, Rule, Table, Tie, affine, rule
 
@@ -133,7 +133,7 @@ def facts(**defaults: Any) -> tuple[Fact, ...]:
         fact("num_attention_heads", "num_heads", whole, defaults.get("num_heads", 12)),
         fact("intermediate_size", "mlp_dim", whole, defaults.get("mlp_dim", 3072)),
         fact("max_position_embeddings", "max_positions", whole, 512),
-        fact("type_vocab_size", "token_types", whole, 2),
+        fact("type_vocab_size", "token_types", some, 2),
         fact("layer_norm_eps", "norm_eps", size, 1e-12),
         choice("hidden_act", "activation", ACTIVATIONS, "gelu"),
         fact("pad_token_id", "padding_id", optional(whole), defaults["padding_id"]),

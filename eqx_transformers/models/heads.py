@@ -268,9 +268,7 @@ class MultipleChoice(Head):
         """Raises a `ValueError` where an input does not have the choices of `token_ids`."""
         for name, x in {"token_ids": token_ids, **inputs}.items():
             if x is not None and (jnp.ndim(x) < 2 or jnp.shape(x)[0] != jnp.shape(token_ids)[0]):
-                raise ValueError(
-                    f"MultipleChoice: {name} must be 'choices seq' as token_ids, but it is {jnp.shape(x)}."
-                )
+                raise ValueError(f"MultipleChoice: {name} must be 'choices seq' as token_ids, not {jnp.shape(x)}.")
         keys = None if key is None else jax.random.split(key, jnp.shape(token_ids)[0])
         return jax.vmap(self.score)(token_ids, inputs, keys)
 

@@ -1,0 +1,129 @@
+"""Models from dictionaries of arrays: systems that have no checkpoint directory."""
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from eqx_transformers import tensor_file
+from eqx_transformers.tensor_file import DamagedFile, Spec
+
+from . import convert
+from .checkpoint import Checkpoint, read_json
+from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
+from .families import FORMATS
+from .joblib_reader import open_joblib
+from .origin import Origin
+from .plan import Plan, Request
+from .report import Report
+
+
+def from_arrays(
+    format: str,
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    head: type | None = None,
+    labels: int | Sequence[str] | None = None,
+    override: Mapping[str, Any] | None = None,
+    stacked: bool = False,
+    dtype: str = "auto",
+    strict: bool = True,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+    key: PRNGKeyArray | None = None,
+    announce: Callable[[Report], None] | None = None,
+    source: str | None = None,
+) -> tuple[Any, Origin]:
+    """(model, origin) of a dictionary of arrays. The options are those of `load`.
+
+    - `format`: "roberta-tf", RoBERTa by TensorFlow's names (raw or with prefix, suffix and `self/` deleted) or by the
+      Haiku port's; a nested dictionary of Haiku parameters will do. A classifier's parameters make a
+      `SequenceClassifier`, else it is an `Encoder`; `head=MaskedLM` takes the file's masked-LM head.
+    - `config`: the original system's own configuration; sizes that the arrays tell may be missing.
+    - `source` names where the arrays came from, for the origin.
+
+    The model computes what the original does. That is not always what the reference library computes: `export` says
+    which facts stand in the way, and `reconfigure` gives them other values.
+
+    The arrays are copied. Raises `ConversionError`s; see `converters.errors`.
+    """
+    plan, checkpoint = _planned(
+        format, tensors, config, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected)
+    )
+    model = convert.filled(plan, checkpoint, dtype, key, announce)
+    return model, convert.origin_of(source or format, None, checkpoint, plan, labels)
+
+
+def inspect_arrays(
+    format: str,
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    head: type | None = None,
+    labels: int | Sequence[str] | None = None,
+    override: Mapping[str, Any] | None = None,
+) -> Report:
+    """What `from_arrays` would do; nothing is raised for a report that is not clean."""
+    return _planned(format, tensors, config, Request(head, labels, override))[0].report
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, or of what joblib wrote; nothing in a file is run."""
+    if not Path(path).is_file():
+        raise SourceNotFound(f"There is no file {os.fspath(path)!r}.")
+    if Path(path).suffix != ".safetensors":
+        return open_joblib(path)
+    try:
+        specs, _ = tensor_file.read_header(path)
+    except DamagedFile as error:
+        raise MalformedCheckpoint(str(error)) from error
+    with open(path, "rb", buffering=0) as file:
+        return {name: tensor_file.read_tensor(file, spec) for name, spec in specs.items()}
+
+
+def read_config(path: str | os.PathLike[str], given: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The config that was given, or the config.json beside the file, or nothing: sizes are then the arrays' own."""
+    beside = Path(path).parent / "config.json"
+    if given is None and not beside.is_file():
+        return {}
+    if given is not None and not Path(given).is_file():
+        raise SourceNotFound(f"There is no file {os.fspath(given)!r}.")
+    return read_json(beside if given is None else Path(given))
+
+
+def _planned(
+    format: str, tensors: Mapping[str, Any], config: Mapping[str, Any], request: Request
+) -> tuple[Plan, Checkpoint]:
+    if format not in FORMATS:
+        raise ConversionError(f"format = {format!r} is not one of {', '.join(FORMATS)}.")
+    family, prepare = FORMATS[format]
+    arrays, config, notes = prepare(_flat(tensors), config)
+    specs = {name: _spec(name, x) for name, x in arrays.items()}
+    checkpoint = Checkpoint(None, config, specs, arrays=arrays)
+    return convert.settled(checkpoint, request, family=family, notes=notes), checkpoint
+
+
+def _flat(tensors: Mapping[str, Any], before: str = "") -> dict[str, np.ndarray]:
+    """Nested dictionaries joined by "/", as Haiku joins them in print."""
+    flat: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        if not isinstance(name, str):
+            raise MalformedCheckpoint(f"{before}{name!r} is not a string; arrays are found by their names.")
+        flat |= _flat(x, f"{before}{name}/") if isinstance(x, Mapping) else {before + name: _array(before + name, x)}
+    return flat
+
+
+def _array(name: str, x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype not in tensor_file.NAMES:
+        raise MalformedCheckpoint(f"{name} is {type(x).__name__} of {array.dtype}; expected an array of numbers.")
+    return array
+
+
+def _spec(name: str, x: np.ndarray) -> Spec:
+    return Spec(x.shape, tensor_file.NAMES[x.dtype], 0, x.nbytes)

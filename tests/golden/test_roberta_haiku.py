@@ -1,0 +1,356 @@
+"""golden/roberta_haiku: the Haiku port of RoBERTa and its TensorFlow-named weights, number by number."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import converters
+from converters import arrays as from_file
+from eqx_transformers import ROBERTA, Encoder, MaskedLM, SequenceClassifier, reconfigure
+from eqx_transformers.nn import Mask
+from eqx_transformers.skeletons import skeleton
+from eqx_transformers.surgery import leaves_by_path
+
+from .folder import FORWARD, GRADIENT, STEPS, SUMS, arrays, cases, close, config, folder, weights
+
+HERE = folder("roberta_haiku")
+FEATURES = cases(HERE, "hidden_states", "pad_mask")
+DICTIONARIES = ["weights_raw_names", "weights_postprocessed_names", "haiku_featurizer_params"]
+FILES = [pytest.param(p, id=f"{HERE.name}-{p.stem}") for p in sorted(HERE.glob("*.jl"))]
+named = lambda name: pytest.param(name, id=f"{HERE.name}-{name}")
+
+
+def read(tensors, **options):
+    return converters.from_arrays("roberta-tf", tensors, config(HERE), **options)[0]
+
+
+@functools.cache
+def featurizer():
+    return read(weights(HERE, "weights_raw_names"))
+
+
+@functools.cache
+def classifier():
+    return read(weights(HERE, "classifier_params"))
+
+
+def by_path(tree):
+    return {path: np.asarray(x) for path, x in leaves_by_path(eqx.filter(tree, eqx.is_array)).items()}
+
+
+@eqx.filter_jit
+def states(model, ids):
+    """The embedding's output and every block's, as the original numbers its hidden states."""
+
+    def one(ids):
+        mask = Mask(keys=ids != model.hidden_id)
+        x = model.embedding(ids)
+        found = [x]
+        for block in model.stack.blocks:
+            found.append(block(found[-1], mask))
+        return jnp.stack(found), model(ids)
+
+    return jax.vmap(one, out_axes=(1, 0))(ids)
+
+
+@pytest.mark.parametrize("path", FEATURES)
+def test_golden_roberta_haiku_features(path):
+    """Padding on the right, left and inside, none, and a row of padding alone: nothing but the ids is given."""
+    case = arrays(path)
+    np.testing.assert_array_equal(case["token_ids"] == config(HERE)["mask_id"], case["pad_mask"] == 1)
+    hidden, last = states(featurizer(), case["token_ids"])
+    close(hidden, case["hidden_states"], FORWARD)
+    close(last, case["last_hidden_state"], FORWARD)
+
+
+@pytest.mark.parametrize("name", [*map(named, DICTIONARIES)])
+def test_golden_roberta_haiku_every_spelling_is_the_same_model(name):
+    assert eqx.tree_equal(read(weights(HERE, name)), featurizer())
+
+
+@pytest.mark.parametrize("name", [named("haiku_featurizer_params")])
+def test_golden_roberta_haiku_nested_parameters_are_the_same_model(name):
+    nested: dict = {}
+    for key, x in weights(HERE, name).items():
+        module, _, part = key.rpartition("/")
+        nested.setdefault(module, {})[part] = x
+    assert eqx.tree_equal(read(nested), featurizer())
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_golden_roberta_haiku_joblib_files_are_the_same_model(path):
+    """Four rows of an older vocabulary are recognised, explained, and dropped."""
+    tensors = from_file.read_file(path)
+    assert eqx.tree_equal(read(tensors), featurizer())
+    report = from_file.inspect_arrays("roberta-tf", tensors, config(HERE))
+    words = next(x for key, x in tensors.items() if "word_embeddings" in key)
+    older = len(words) - config(HERE)["vocab_size"]
+    assert older in (0, 4) and report.ok
+    assert any("rows of an older vocabulary" in note for note in report.notes) == bool(older)
+    unstated = {k: v for k, v in config(HERE).items() if k != "vocab_size"}
+    again = converters.from_arrays("roberta-tf", tensors, unstated)[0]
+    assert eqx.tree_equal(again, featurizer()) and again.config.vocab_size == config(HERE)["vocab_size"]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "plus4" in p.id])
+def test_golden_roberta_haiku_other_words_may_be_put_in(path):
+    """As the original does: the reference library's word embeddings in the place of the file's."""
+    tensors = from_file.read_file(path)
+    key = next(key for key in tensors if "word_embeddings" in key)
+    tensors[key] = weights(HERE, "weights_raw_names")[key]
+    assert eqx.tree_equal(read(tensors), featurizer())
+
+
+CLASSIFIED = cases(HERE, "labels", "logits", "loss")
+
+
+def norm(tree):
+    return np.sqrt(sum(np.square(x).sum() for x in by_path(tree).values()))
+
+
+@eqx.filter_jit
+def loss_and_gradient(model, ids, labels):
+    def loss(model):
+        logits = jax.vmap(model)(ids)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+
+
+@pytest.mark.parametrize("path", CLASSIFIED)
+def test_golden_roberta_haiku_classifier_loss_and_gradients(path):
+    case, model = arrays(path), classifier()
+    assert isinstance(model, SequenceClassifier)
+    (loss, logits), gradient = loss_and_gradient(model, case["token_ids"], case["labels"])
+    close(logits, case["logits"], FORWARD)
+    close(loss, case["loss"], FORWARD)
+    close((jnp.argmax(logits, -1) == case["labels"]).mean(), case["accuracy"], 1e-6)
+    close(norm(gradient), case["grad_global_norm"], SUMS)
+    wanted = path.with_name(path.name.replace("_case", "_grads"))
+    if not wanted.is_file():
+        return
+    theirs, ours = by_path(read(arrays(wanted))), by_path(gradient)
+    assert theirs.keys() == ours.keys()
+    for name, x in theirs.items():
+        # A key's bias has no gradient in exact arithmetic: what is there is rounding, of the size of the others' digits.
+        close(ours[name], x, 1e-6 if name.endswith("key_proj.bias") else GRADIENT * np.abs(x).max() + 1e-7)
+
+
+class Recorded(eqx.Module):
+    """A dropout that was recorded: `keep * x / (1 - rate)`."""
+
+    keep: jax.Array
+    rate: float
+
+    def __call__(self, x, *, key=None, inference=None):
+        return jnp.where(self.keep, x / (1 - self.rate), 0.0)
+
+
+def sites(model):
+    """The places at which the original drops, in its order of calls."""
+    blocks = model.backbone.stack.blocks
+    inside = [place for b in blocks for place in (b.attention_output_dropout, b.mlp_output_dropout)]
+    return [model.backbone.embedding.dropout, *inside, model.head.dropout]
+
+
+@pytest.mark.parametrize("path", cases(HERE, "keep_00", "rates"))
+def test_golden_roberta_haiku_recorded_dropout(path):
+    """Rates of its own, one for each kind of site."""
+    case = arrays(path)
+    names = ("embed_dropout_rate", "attention_drop_rate", "fully_connected_drop_rate", "classifier_drop_rate")
+    rates = dict(zip(names, [*case["rates"][:3].tolist(), float(case["rates"][-1])], strict=True))
+    model, _ = converters.from_arrays("roberta-tf", weights(HERE, "classifier_params"), config(HERE) | rates)
+    keeps = [case[name] for name in sorted(name for name in case if name.startswith("keep_"))]
+    assert len(keeps) == len(sites(model)) == len(case["rates"])
+    close([place.p for place in sites(model)], case["rates"], 1e-7)
+    assert all(b.attention.dropout.p == 0 for b in model.backbone.stack.blocks)  # none on the weights themselves
+    for row, ids in enumerate(case["token_ids"]):
+        recorded = [Recorded(jnp.asarray(k[row]), float(r)) for k, r in zip(keeps, case["rates"], strict=True)]
+        dropped = eqx.tree_at(sites, model, recorded)
+        close(eqx.filter_jit(dropped)(ids, key=jax.random.key(0)), case["logits"][row], FORWARD)
+
+
+def schedule(total, warmup):
+    """Linear up to `warmup` (a part of all steps), times a linear way down from the first step on."""
+
+    def scale(step):
+        progress = step / total
+        return jnp.where(progress <= warmup, progress / warmup, 1.0) * (1 - progress)
+
+    return scale
+
+
+@pytest.mark.parametrize("path", cases(HERE, "losses", "total_steps"))
+def test_golden_roberta_haiku_optimizer_steps(path):
+    case = arrays(path)
+    scale = schedule(float(case["total_steps"]), float(case["warmup"]))
+    # In the original's configuration this clipping is `max_grad_norm`.
+    clip = optax.clip_by_global_norm(config(HERE)["max_grad_norm"])
+    optimiser = optax.chain(clip, optax.adam(float(case["lr"])), optax.scale_by_schedule(scale))
+    model = eqx.nn.inference_mode(classifier())
+    state = optimiser.init(eqx.filter(model, eqx.is_array))
+    close([scale(i) for i in range(len(case["scale_at_step"]))], case["scale_at_step"], 1e-6)
+    for i, (ids, labels) in enumerate(zip(case["token_ids"], case["labels"], strict=True)):
+        (loss, _), gradient = loss_and_gradient(model, ids, labels)
+        close(loss, case["losses"][i], FORWARD)
+        close(norm(gradient), case["grad_norms"][i], SUMS)
+        updates, state = optimiser.update(gradient, state, eqx.filter(model, eqx.is_array))
+        model = eqx.apply_updates(model, updates)
+    after = sorted(path.parent.glob(f"{path.stem}_params_after*.npz"))
+    assert after and all(int(re.findall(r"\d+", p.stem)[-1]) == len(case["losses"]) for p in after)
+    for wanted in after:
+        theirs, ours = by_path(read(arrays(wanted))), by_path(model)
+        for name, x in theirs.items():
+            if not name.endswith("key_proj.bias"):  # its gradient is zero but for rounding, which Adam makes steps of
+                close(ours[name], x, STEPS)
+
+
+@pytest.mark.parametrize("path", cases(HERE, "scale", "steps"))
+def test_golden_roberta_haiku_schedule(path):
+    case = arrays(path)
+    close(jax.vmap(schedule(31250.0, 0.1))(case["steps"].astype(np.float32)), case["scale"], 1e-6)
+
+
+@pytest.mark.parametrize("path", cases(HERE, "hf_last_hidden_state"))
+def test_golden_roberta_haiku_reference_positions_are_an_input(path):
+    """The reference library's file: its own positions by default, the original's where they are given."""
+    case = arrays(path)
+    model, _ = converters.load(HERE / "hf")
+    offset = config(HERE)["position_offset"]
+    there = np.arange(offset, offset + case["token_ids"].shape[1])
+    run = eqx.filter_jit(
+        lambda ids, mask, **given: jax.vmap(lambda i, m: model(i, attention_mask=m, **given))(ids, mask)
+    )
+    seen = case["attention_mask"].any(axis=1)  # of a row that sees nothing, each library makes its own
+    default = run(case["token_ids"], case["attention_mask"])
+    close(default[seen], case["hf_last_hidden_state"][seen], FORWARD)
+    given = run(case["token_ids"], case["attention_mask"], position_ids=there)
+    close(given[seen], case["hf_last_hidden_state_positions_from_2"][seen], FORWARD)
+
+
+@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
+def test_golden_roberta_haiku_the_reference_file_is_the_same_weights(place):
+    ours, theirs = by_path(featurizer()), by_path(converters.load(place / "hf")[0])
+    assert theirs.keys() - ours.keys() == {"embedding.token_types.weight"}  # in the file, and never added
+    assert all(np.array_equal(x, theirs[name]) for name, x in ours.items())
+    raw = weights(place, "weights_raw_names")
+    for entry in json.loads((place / "name_map.json").read_bytes()):
+        assert entry["raw"] in raw
+
+
+@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
+def test_golden_roberta_haiku_initialiser(place):
+    stats = json.loads((place / "init_stats.json").read_bytes())
+    model = classifier()
+    fresh = SequenceClassifier(model.config, key=jax.random.key(0))
+    deviation = config(place)["weight_stddev"]
+    for name, drawn in stats.items():
+        if not name.endswith("linear/w"):
+            continue
+        weight = fresh.head.output.weight
+        assert list(weight.T.shape) == drawn["shape"] and float(jnp.abs(weight).max()) <= 2 * deviation
+        wide = fresh.backbone.embedding.tokens.weight  # enough numbers for a deviation
+        assert abs(float(wide.std()) / deviation - 0.88) < 0.03
+        assert drawn["max"] <= 2 * deviation and drawn["min"] >= -2 * deviation
+    assert not fresh.head.output.bias.any()
+
+
+@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
+def test_golden_roberta_haiku_becomes_a_model_of_the_reference(place, tmp_path):
+    """What config.json cannot say is named; with other values of these facts it is exported and is the reference's."""
+    with pytest.raises(converters.ConversionError) as caught:
+        converters.export(featurizer(), tmp_path / "no")
+    facts = ("positions", "position_offset", "padding_rows", "hides_padding", "empty", "token_types", "classifier")
+    assert all(f"{fact} = " in str(caught.value) for fact in facts)
+    spread = {"embedding_dropout": None, "attention_output_dropout": None, "classifier_dropout": None}
+    as_reference = {fact: getattr(ROBERTA, fact) for fact in facts} | spread
+    zeros = lambda path, old, new: jnp.zeros(new.shape, new.dtype)
+    converters.export(reconfigure(featurizer(), zeros, **as_reference), tmp_path / "yes")
+    ours, theirs = by_path(converters.load(tmp_path / "yes")[0]), by_path(converters.load(place / "hf")[0])
+    types = theirs.pop("embedding.token_types.weight")
+    assert np.array_equal(ours.pop("embedding.token_types.weight"), np.zeros_like(types))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_golden_roberta_haiku_masked_lm(path):
+    """The port ignores these arrays; they are RoBERTa's masked-LM head."""
+    tensors = from_file.read_file(path)
+    model = read(tensors, head=MaskedLM)
+    prefix = "model/masked-language-model/"
+    held = {key.removeprefix(prefix).removesuffix(":0"): x for key, x in tensors.items() if key.startswith(prefix)}
+    assert np.array_equal(model.head.dense.weight, held["dense/kernel"])  # stored (out, in), as ours is
+    assert np.array_equal(model.head.norm.weight, held["LayerNorm/g"])
+    assert np.array_equal(model.head.bias, held["output_bias"][-config(HERE)["vocab_size"] :])
+    assert skeleton(MaskedLM, model.config).head.decoder is None
+
+
+# ---- the report, by every key
+
+
+@pytest.mark.parametrize("name", [*map(named, [*DICTIONARIES, "classifier_params"])])
+def test_golden_roberta_haiku_any_one_key_missing_or_added_is_reported_as_it_is_spelled(name):
+    whole = weights(HERE, name)
+    inspect = lambda tensors: from_file.inspect_arrays("roberta-tf", tensors, config(HERE) | {"n_layers": depth})
+    depth = config(HERE)["n_layers"]
+    unread = set(inspect(whole).dropped)
+    head = SequenceClassifier if name.startswith("classifier") else Encoder
+    assert inspect(whole).ok and inspect(whole).model == head.__name__
+    for key in whole:
+        if "linear/" in key and key.count("/") == 2 and name.startswith("classifier"):
+            continue  # without it, the dictionary is a featurizer's
+        report = inspect({k: x for k, x in whole.items() if k != key})
+        assert list(report.missing) == ([] if key in unread else [key])
+        resized = inspect(whole | {key: np.zeros((3, *whole[key].shape), np.float32)})
+        assert key in unread or list(resized.mismatched) == [key]
+    added = inspect(whole | {"surprise": np.zeros(3, np.float32)})
+    assert list(added.unexpected) == ["surprise"] and not added.ok
+
+
+# ---- errors, and the command line
+
+
+def test_golden_roberta_haiku_wrong_input_says_what_is_wrong():
+    raw = weights(HERE, "weights_raw_names")
+    with pytest.raises(converters.ConversionError, match="format = 'bert-tf' is not one of roberta-tf"):
+        converters.from_arrays("bert-tf", raw, {})
+    with pytest.raises(converters.UnsupportedConfig, match="n_heads is missing from the config"):
+        converters.from_arrays("roberta-tf", raw, {})
+    with pytest.raises(converters.UnsupportedConfig, match="surprise = 3 is unknown"):
+        converters.from_arrays("roberta-tf", raw, config(HERE) | {"surprise": 3})
+    with pytest.raises(converters.MalformedCheckpoint, match="x is str of <U1; expected an array"):
+        converters.from_arrays("roberta-tf", raw | {"x": "y"}, config(HERE))
+    with pytest.raises(converters.Mismatch, match="word_embeddings"):
+        converters.from_arrays("roberta-tf", raw, config(HERE) | {"vocab_size": 3})
+
+
+def test_golden_roberta_haiku_the_arrays_are_copied():
+    raw = {key: np.array(x) for key, x in weights(HERE, "weights_raw_names").items()}
+    model = read(raw)
+    for x in raw.values():
+        x[...] = 0
+    assert eqx.tree_equal(model, featurizer())
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_golden_roberta_haiku_command_line(path: Path, tmp_path, monkeypatch, capsys):
+    from converters import hf
+
+    monkeypatch.chdir(tmp_path)
+    assert hf.main(["--format", "roberta-tf", str(path)]) == 0
+    assert "featurizer -> Encoder" in capsys.readouterr().out
+    model, origin = converters.load(tmp_path / f"{path.stem}.eqx")
+    assert eqx.tree_equal(model, featurizer()) and origin.family == "roberta-tf"
+    assert hf.main(["--format", "roberta-tf", str(path), "--dry-run", "--config", str(HERE / "config.json")]) == 0
+    assert hf.main(["--format", "roberta-tf", str(tmp_path / "none.jl")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+    assert hf.main(["--format", "roberta-tf", str(path), "--verify"]) == 2
+    assert hf.main([str(HERE / "hf"), "--config", "x"]) == 2
