@@ -7,6 +7,7 @@ if _os.environ.get("EQX_TRANSFORMERS_CHECK") == "1":
 
     _install()
 
+from .encode import encode as encode
 from .models import (
     BERT as BERT,
     DISTILBERT as DISTILBERT,
