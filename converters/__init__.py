@@ -1,7 +1,7 @@
 """Checkpoints of the Hugging Face ecosystem, in and out. The one public door of this package."""
 
 from .arrays import from_arrays as from_arrays
-from .convert import export as export, inspect as inspect, load as load
+from .convert import inspect as inspect, load as load
 from .errors import (
     ConversionError as ConversionError,
     MalformedCheckpoint as MalformedCheckpoint,
@@ -10,6 +10,7 @@ from .errors import (
     UnsafeCheckpoint as UnsafeCheckpoint,
     UnsupportedConfig as UnsupportedConfig,
 )
+from .export import export as export
 from .origin import Origin as Origin
 from .report import Report as Report
 from .verify import Verification as Verification, verify as verify

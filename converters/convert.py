@@ -1,11 +1,8 @@
-"""Checkpoints in and out: `load`, `inspect`, `export`."""
+"""Checkpoints in: `load`, `inspect`, and the steps that every way in shares."""
 
-import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +13,23 @@ import numpy as np
 from jax.tree_util import tree_map_with_path
 from jaxtyping import PRNGKeyArray
 
-from eqx_transformers import serialisation, stack, tensor_file
-from eqx_transformers._files import replacing
-from eqx_transformers.skeletons import differences, stacked_paths
+from eqx_transformers import serialisation, stack
+from eqx_transformers.skeletons import stacked_paths
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
 
-from . import config as configs, hub, sentence
+from . import hub
 from .checkpoint import Checkpoint, open_directory
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
-from .families import FAMILIES
-from .family import Family
 from .origin import Origin
 from .plan import Plan, Request, make_plan, ties_in
-from .reference_names import tensors
 from .report import Report, expect_ok
 
 Source = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
+# Handing an array to the device costs a third of a millisecond, however small: they go in heaps of these many bytes.
+AT_ONCE = 64 * 2**20
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "origin.json")
 
 
 def load(
@@ -174,11 +168,14 @@ def _fill(
     """The skeleton with every array read, one tensor at a time, or drawn from `key`."""
     arrays = _drawn(plan, key, dtype)
     total = sum(checkpoint.size(plan.names[k]) for link in plan.links for k in link.keys)
-    done = 0
-    for link in plan.links:
+    done, waiting = 0, {}
+    for i, link in enumerate(plan.links, start=1):
         leaves = link.read(lambda k: _cast(checkpoint.get(plan.names[k]), dtype))
-        arrays |= {path: jax.device_put(_owned(x)) for path, x in leaves.items()}
+        waiting |= {path: _owned(x) for path, x in leaves.items()}
         done += sum(checkpoint.size(plan.names[k]) for k in link.keys)
+        if i == len(plan.links) or sum(x.nbytes for x in waiting.values()) >= AT_ONCE:
+            arrays |= jax.device_put(waiting)
+            waiting = {}
         if progress is not None:
             progress(done, total)
     return tree_map_with_path(lambda path, leaf: arrays[spell(path)] if is_array_like(leaf) else leaf, plan.skeleton)
@@ -281,122 +278,3 @@ def origin_of(source: Source, revision: str | None, checkpoint: Checkpoint, plan
 def companions(directory: Path | None) -> list[str]:
     """The files beside the weights that travel with a model."""
     return [] if directory is None else [name for name in hub.COMPANIONS if (directory / name).is_file()]
-
-
-def export(
-    model: Any,
-    directory: Source,
-    origin: Origin | None = None,
-    *,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Writes a Hugging Face directory that transformers 5 loads with nothing missing or unexpected.
-
-    The tensors are the model's own, bit for bit, under today's names; with an `origin`, config.json keeps the fields
-    that the file had, and tokenizer files are copied from beside it when they are still there. A model that was made
-    from scratch needs no origin. Raises a `ConversionError` that names every place in which the model is not what its
-    config builds (changed sizes, adapters that are not merged): such a file would load as something else.
-
-    A bare encoder without a pooler is loaded there with `add_pooling_layer=False`; no file can say so itself.
-    """
-    if found := differences(model):
-        raise ConversionError(
-            "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
-        )
-    specs, get = tensors(model)
-    shards = _shards(specs, _bytes(max_shard_size))
-    with replacing(directory, stale=STALE, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
-        _dump(fresh / "config.json", _config_json(model, origin, specs))
-        for name, keys in shards.items():
-            tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})
-        if len(shards) > 1:
-            total = sum(prod(s.shape) * s.dtype.itemsize for s in specs.values())
-            weight_map = {key: name for name, keys in shards.items() for key in keys}
-            _dump(fresh / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _companions(model, origin, fresh)
-
-
-def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    family = FAMILIES[model.config.family]
-    original = origin.config if origin is not None and origin.family == family.model_type else None
-    fields = configs.write(model.config, family.facts, None if original is None else configs.modern(original))
-    fields = {
-        k: v for k, v in fields.items() if original is None or k in original or configs.modern(original).get(k) != v
-    }
-    fields |= {"architectures": [family.architecture(type(model))], "model_type": family.model_type}
-    dtypes = {str(s.dtype) for s in specs.values()}
-    spelled = "torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"
-    if len(dtypes) == 1:
-        fields[spelled] = dtypes.pop()
-    if "id2label" in fields:
-        fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
-    _expect_said(model, family, fields)
-    return fields
-
-
-# Facts that config.json need not state: the tensors or sentence-transformers' files do; what is drawn is drawn.
-ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize", "init")
-
-
-def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None:
-    """Raises a `ConversionError` where config.json has no words for a fact: it would be read back as another."""
-    said, unsaid = {}, []
-    for one in family.facts:
-        try:
-            said[one.ours] = one.read(configs.modern(written).get(one.theirs, one.default))
-        except ValueError as error:
-            said[one.ours] = getattr(model.config, one.ours)
-            unsaid.append(f"{one.ours} = {said[one.ours]!r} ({error})")
-    again = dataclasses.replace(family.defaults, **said)
-    unsaid += [
-        f"{f.name} = {getattr(model.config, f.name)!r} (it would be read as {getattr(again, f.name)!r})"
-        for f in dataclasses.fields(again)
-        if f.name not in ELSEWHERE and getattr(model.config, f.name) != getattr(again, f.name)
-    ]
-    if unsaid:
-        raise ConversionError(
-            f"config.json of a {family.model_type} cannot say this, so the export would be another model:\n  "
-            + "\n  ".join(unsaid)
-            + "\nreconfigure(model, …) gives these facts the values that can be said."
-        )
-
-
-def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:
-    """The files beside the weights; sentence-transformers' own only where they say what the model does."""
-    config = model.config
-    if hasattr(model, "pooling"):
-        sentence.write(fresh, config.embed_dim, config.pooling, config.normalize)
-    if origin is None or origin.directory is None:
-        return
-    for path in (Path(origin.directory) / name for name in origin.files if name not in sentence.FILES):
-        if path.is_file():
-            (fresh / path.name).write_bytes(path.read_bytes())
-
-
-def _shards(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> dict[str, list[str]]:
-    """Keys in order, a new file whenever the next tensor would pass the limit."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for key, spec in specs.items():
-        more = prod(spec.shape) * spec.dtype.itemsize
-        if groups[-1] and size + more > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(key)
-        size += more
-    if len(groups) == 1:
-        return {hub.WEIGHTS: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B", size)
-    if match is None:
-        raise ConversionError(f"max_shard_size = {size!r}: expected a number of bytes, or such as '500MB'.")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
-
-
-def _dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from eqx_transformers._files import expect_replaceable
 from . import arrays, convert, demo, torch_reference
 from .convert import Progress
 from .errors import ConversionError, Mismatch, SourceNotFound
+from .export import export
 from .families import FAMILIES, FORMATS
 from .origin import Origin
 from .report import Report
@@ -191,7 +192,7 @@ def _write(args: argparse.Namespace, model: Any, origin: Origin, said: dict[str,
         said["out"] = str(args.out)
         _print(args, f"wrote {args.out} (eqx_transformers.load reads it)")
     if args.export is not None:
-        convert.export(model, args.export, origin)
+        export(model, args.export, origin)
         said["export"] = str(args.export)
         _print(args, f"wrote {args.export} (transformers.AutoModel….from_pretrained reads it)")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from eqx_transformers import CausalLM, Encoder, EncoderConfig, MaskedLM, PreTraining, SentenceEmbedder
+from eqx_transformers import CausalLM, Encoder, EncoderConfig, MaskedLM, PreTraining, QuestionAnswerer, SentenceEmbedder
 
 from ..config import Fact, choice, fact, flag, optional, rate, size, some, whole
 from ..errors import UnsupportedConfig
@@ -224,19 +224,24 @@ def observe(prefix: str, head: str | None = None) -> Any:
         old = str(fields.get("transformers_version", "4")).startswith(("2", "3", "4"))
         two = head is not None and not config.tied and model_class in (MaskedLM, CausalLM, PreTraining)
         spare = two and (not old or {f"{head}.bias", f"{head}.decoder.bias"} <= keys)
-        _expect_causal(config, model_class, fields)
+        _expect_agreement(config, model_class, fields)
         return replace(config, pooler=pooler, spare_bias=spare)
 
     return observed
 
 
-def _expect_causal(config: EncoderConfig, model_class: type, fields: Mapping[str, Any]) -> None:
-    """A decoder that sees the future is a contradiction of the file's own, and not for us to settle."""
-    named = fields.get("architectures") or [""]
-    if model_class is CausalLM and not config.causal and named[0].endswith(("LMHeadModel", "ForCausalLM")):
+def _expect_agreement(config: EncoderConfig, model_class: type, fields: Mapping[str, Any]) -> None:
+    """A file whose config contradicts its architecture is not for us to settle; another head that was asked for may."""
+    named = (fields.get("architectures") or [""])[0]
+    if model_class is CausalLM and not config.causal and named.endswith(("LMHeadModel", "ForCausalLM")):
         raise UnsupportedConfig(
-            f"config.json names {named[0]} but has is_decoder = false, with which the reference lets every token see"
+            f"config.json names {named} but has is_decoder = false, with which the reference lets every token see"
             " the ones that follow it. Load it as head=MaskedLM, which is that, or with override={'causal': True}."
+        )
+    if model_class is QuestionAnswerer and config.labels != 2 and named.endswith("ForQuestionAnswering"):
+        raise UnsupportedConfig(
+            f"config.json names {named} but its id2label has {config.labels} labels; question answering has two, the"
+            " answer's start and its end."
         )
 
 

@@ -140,7 +140,7 @@ def test_golden_roberta_haiku_classifier_loss_and_gradients(path):
     theirs, ours = by_path(read(arrays(wanted))), by_path(gradient)
     assert theirs.keys() == ours.keys()
     for name, x in theirs.items():
-        # A key's bias has no gradient in exact arithmetic: what is there is rounding, of the size of the others' digits.
+        # A key's bias has no gradient in exact arithmetic: what is there is rounding.
         close(ours[name], x, 1e-6 if name.endswith("key_proj.bias") else GRADIENT * np.abs(x).max() + 1e-7)
 
 
