@@ -19,13 +19,15 @@ from eqx_transformers.nn import Mask
 from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery import leaves_by_path
 
-from .folder import FORWARD, GRADIENT, STEPS, SUMS, arrays, cases, close, config, folder, weights
+from .folder import FORWARD, GRADIENT, STEPS, SUMS, arrays, cases, close, config, folder, present, weights
 
 HERE = folder("roberta_haiku")
 FEATURES = cases(HERE, "hidden_states", "pad_mask")
-DICTIONARIES = ["weights_raw_names", "weights_postprocessed_names", "haiku_featurizer_params"]
-FILES = [pytest.param(p, id=f"{HERE.name}-{p.stem}") for p in sorted(HERE.glob("*.jl"))]
-named = lambda name: pytest.param(name, id=f"{HERE.name}-{name}")
+SPELLINGS = ["weights_raw_names", "weights_postprocessed_names", "haiku_featurizer_params"]
+DICTIONARIES = present(HERE, [HERE / f"{name}.safetensors" for name in SPELLINGS])
+EVERY_DICTIONARY = DICTIONARIES + present(HERE, [HERE / "classifier_params.safetensors"])
+FILES = present(HERE, sorted(HERE.glob("*.jl")))
+REFERENCE = present(HERE, [HERE / "hf"])
 
 
 def read(tensors, **options):
@@ -71,15 +73,15 @@ def test_golden_roberta_haiku_features(path):
     close(last, case["last_hidden_state"], FORWARD)
 
 
-@pytest.mark.parametrize("name", [*map(named, DICTIONARIES)])
-def test_golden_roberta_haiku_every_spelling_is_the_same_model(name):
-    assert eqx.tree_equal(read(weights(HERE, name)), featurizer())
+@pytest.mark.parametrize("path", DICTIONARIES)
+def test_golden_roberta_haiku_every_spelling_is_the_same_model(path):
+    assert eqx.tree_equal(read(from_file.read_file(path)), featurizer())
 
 
-@pytest.mark.parametrize("name", [named("haiku_featurizer_params")])
-def test_golden_roberta_haiku_nested_parameters_are_the_same_model(name):
+@pytest.mark.parametrize("path", DICTIONARIES[-1:])
+def test_golden_roberta_haiku_nested_parameters_are_the_same_model(path):
     nested: dict = {}
-    for key, x in weights(HERE, name).items():
+    for key, x in from_file.read_file(path).items():
         module, _, part = key.rpartition("/")
         nested.setdefault(module, {})[part] = x
     assert eqx.tree_equal(read(nested), featurizer())
@@ -100,7 +102,7 @@ def test_golden_roberta_haiku_joblib_files_are_the_same_model(path):
     assert eqx.tree_equal(again, featurizer()) and again.config.vocab_size == config(HERE)["vocab_size"]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "plus4" in p.id])
+@pytest.mark.parametrize("path", [p for p in FILES if "plus" in p.id])
 def test_golden_roberta_haiku_other_words_may_be_put_in(path):
     """As the original does: the reference library's word embeddings in the place of the file's."""
     tensors = from_file.read_file(path)
@@ -224,7 +226,8 @@ def test_golden_roberta_haiku_reference_positions_are_an_input(path):
     """The reference library's file: its own positions by default, the original's where they are given."""
     case = arrays(path)
     model, _ = converters.load(HERE / "hf")
-    offset = config(HERE)["position_offset"]
+    shifted = "hf_last_hidden_state_positions_from_"
+    offset = int(next(name for name in case if name.startswith(shifted)).removeprefix(shifted))
     there = np.arange(offset, offset + case["token_ids"].shape[1])
     run = eqx.filter_jit(
         lambda ids, mask, **given: jax.vmap(lambda i, m: model(i, attention_mask=m, **given))(ids, mask)
@@ -233,25 +236,22 @@ def test_golden_roberta_haiku_reference_positions_are_an_input(path):
     default = run(case["token_ids"], case["attention_mask"])
     close(default[seen], case["hf_last_hidden_state"][seen], FORWARD)
     given = run(case["token_ids"], case["attention_mask"], position_ids=there)
-    close(given[seen], case["hf_last_hidden_state_positions_from_2"][seen], FORWARD)
+    close(given[seen], case[f"{shifted}{offset}"][seen], FORWARD)
 
 
-@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
-def test_golden_roberta_haiku_the_reference_file_is_the_same_weights(place):
-    ours, theirs = by_path(featurizer()), by_path(converters.load(place / "hf")[0])
+@pytest.mark.parametrize("path", REFERENCE)
+def test_golden_roberta_haiku_the_reference_file_is_the_same_weights(path):
+    ours, theirs = by_path(featurizer()), by_path(converters.load(path)[0])
     assert theirs.keys() - ours.keys() == {"embedding.token_types.weight"}  # in the file, and never added
     assert all(np.array_equal(x, theirs[name]) for name, x in ours.items())
-    raw = weights(place, "weights_raw_names")
-    for entry in json.loads((place / "name_map.json").read_bytes()):
-        assert entry["raw"] in raw
 
 
-@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
-def test_golden_roberta_haiku_initialiser(place):
-    stats = json.loads((place / "init_stats.json").read_bytes())
+@pytest.mark.parametrize("path", present(HERE, [HERE / "init_stats.json"]))
+def test_golden_roberta_haiku_initialiser(path):
+    stats = json.loads(path.read_bytes())
     model = classifier()
     fresh = SequenceClassifier(model.config, key=jax.random.key(0))
-    deviation = config(place)["weight_stddev"]
+    deviation = config(HERE)["weight_stddev"]
     for name, drawn in stats.items():
         if not name.endswith("linear/w"):
             continue
@@ -263,8 +263,8 @@ def test_golden_roberta_haiku_initialiser(place):
     assert not fresh.head.output.bias.any()
 
 
-@pytest.mark.parametrize("place", [pytest.param(HERE, id=HERE.name)])
-def test_golden_roberta_haiku_becomes_a_model_of_the_reference(place, tmp_path):
+@pytest.mark.parametrize("path", REFERENCE)
+def test_golden_roberta_haiku_becomes_a_model_of_the_reference(path, tmp_path):
     """What config.json cannot say is named; with other values of these facts it is exported and is the reference's."""
     with pytest.raises(converters.ConversionError) as caught:
         converters.export(featurizer(), tmp_path / "no")
@@ -274,7 +274,7 @@ def test_golden_roberta_haiku_becomes_a_model_of_the_reference(place, tmp_path):
     as_reference = {fact: getattr(ROBERTA, fact) for fact in facts} | spread
     zeros = lambda path, old, new: jnp.zeros(new.shape, new.dtype)
     converters.export(reconfigure(featurizer(), zeros, **as_reference), tmp_path / "yes")
-    ours, theirs = by_path(converters.load(tmp_path / "yes")[0]), by_path(converters.load(place / "hf")[0])
+    ours, theirs = by_path(converters.load(tmp_path / "yes")[0]), by_path(converters.load(path)[0])
     types = theirs.pop("embedding.token_types.weight")
     assert np.array_equal(ours.pop("embedding.token_types.weight"), np.zeros_like(types))
     assert ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[name]) for name, x in ours.items())
@@ -296,16 +296,16 @@ def test_golden_roberta_haiku_masked_lm(path):
 # ---- the report, by every key
 
 
-@pytest.mark.parametrize("name", [*map(named, [*DICTIONARIES, "classifier_params"])])
-def test_golden_roberta_haiku_any_one_key_missing_or_added_is_reported_as_it_is_spelled(name):
-    whole = weights(HERE, name)
+@pytest.mark.parametrize("path", EVERY_DICTIONARY)
+def test_golden_roberta_haiku_any_one_key_missing_or_added_is_reported_as_it_is_spelled(path):
+    whole = from_file.read_file(path)
     inspect = lambda tensors: from_file.inspect_arrays("roberta-tf", tensors, config(HERE) | {"n_layers": depth})
     depth = config(HERE)["n_layers"]
     unread = set(inspect(whole).dropped)
-    head = SequenceClassifier if name.startswith("classifier") else Encoder
+    head = SequenceClassifier if path.stem.startswith("classifier") else Encoder
     assert inspect(whole).ok and inspect(whole).model == head.__name__
     for key in whole:
-        if "linear/" in key and key.count("/") == 2 and name.startswith("classifier"):
+        if "linear/" in key and key.count("/") == 2 and head is SequenceClassifier:
             continue  # without it, the dictionary is a featurizer's
         report = inspect({k: x for k, x in whole.items() if k != key})
         assert list(report.missing) == ([] if key in unread else [key])
