@@ -39,7 +39,7 @@ class Checkpoint:
     def get(self, key: str) -> np.ndarray:
         """One tensor, in a buffer of its own."""
         if self.directory is None:
-            return np.array(self.arrays[key])
+            return tensor_file.copied(self.arrays[key])
         path = self.directory / self._file_of[key]
         try:
             with open(path, "rb", buffering=0) as file:

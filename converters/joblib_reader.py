@@ -20,6 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from eqx_transformers import tensor_file
+
 from . import pickle_reader
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound, UnsafeCheckpoint
 from .pickle_reader import Name
@@ -222,7 +224,9 @@ class _Source:
         view = _aligned(size)
         self._fill(view)
         x = _native(view, dtype)
-        return x.reshape(shape) if order == "C" else _c_order(x.reshape(shape[::-1]).T)
+        return (
+            x.reshape(shape) if order == "C" else tensor_file.copied(x.reshape(shape[::-1]).T)
+        )  # JAX would copy it too
 
     def _skip_padding(self) -> None:
         length = self.stream.read(1)
@@ -240,12 +244,9 @@ class _Source:
             raise MalformedCheckpoint(f"An array is declared as {what}, {size} bytes, but {left} {where}")
 
     def _fill(self, view: np.ndarray) -> None:
-        got = 0
-        while got < len(view):  # one read() returns at most 2 GiB
-            step = self.stream.readinto(view.data[got:])
-            if not step:
-                raise MalformedCheckpoint(f"An array ends after {got} of {len(view)} bytes. Fetch the file again.")
-            got += step
+        got = tensor_file.fill(self.stream, view.data)
+        if got < len(view):
+            raise MalformedCheckpoint(f"An array ends after {got} of {len(view)} bytes. Fetch the file again.")
 
     def expect_end(self) -> None:
         if self.stream.read(1) or (self.unpacked and self.unpacked.rest()):
@@ -272,26 +273,16 @@ def _is_size(n: Any) -> bool:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Bytes of a buffer of their own that starts at a multiple of 64, as `tensor_file.read_tensor` makes them."""
     try:
-        raw = np.empty(size + 64, np.uint8)
+        return tensor_file.aligned(size)
     except MemoryError as error:
         raise MalformedCheckpoint(f"An array is declared with {size} bytes, for which there is no memory.") from error
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size]
 
 
 def _native(view: np.ndarray, dtype: _Dtype) -> np.ndarray:
     if dtype.swapped:
         view.view(f"u{dtype.dtype.itemsize}").byteswap(inplace=True)
     return view.view(dtype.dtype)
-
-
-def _c_order(x: np.ndarray) -> np.ndarray:
-    """JAX would copy an array in Fortran's order; here the first buffer is freed at once."""
-    out = _aligned(x.nbytes).view(x.dtype).reshape(x.shape)
-    out[...] = x
-    return out
 
 
 def _open(file: io.BufferedReader) -> _Source:

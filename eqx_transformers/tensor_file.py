@@ -96,21 +96,33 @@ def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
 
     Never a view of the file: an array that aliased a memory map would change when somebody writes to the file.
     """
-    size = spec.end - spec.start
-    raw = np.empty(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    view = raw[first : first + size]
+    view = aligned(spec.end - spec.start)
     file.seek(spec.start)
-    got = _fill(file, view.data)
-    if got != size:
-        raise EOFError(f"expected {size} bytes at {spec.start}, found {got}")
+    got = fill(file, view.data)
+    if got != len(view):
+        raise EOFError(f"expected {len(view)} bytes at {spec.start}, found {got}")
     return view.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
 
-def _fill(file: BinaryIO, view: memoryview) -> int:
+def aligned(size: int) -> np.ndarray:
+    """So many bytes of a buffer of their own that starts at a multiple of 64."""
+    raw = np.empty(size + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + size]
+
+
+def copied(x: np.ndarray) -> np.ndarray:
+    """The array in an aligned buffer of its own, in C order."""
+    out = aligned(x.nbytes).view(x.dtype).reshape(x.shape)
+    out[...] = x
+    return out
+
+
+def fill(file: Any, view: memoryview) -> int:
+    """Reads until `view` is full or the stream ends; how many bytes there were."""
     got = 0
     while got < len(view):  # one read() of an unbuffered file returns at most 2 GiB
-        step = file.readinto(view[got:])  # pyright: ignore[reportAttributeAccessIssue]
+        step = file.readinto(view[got:])
         if not step:
             break
         got += step
