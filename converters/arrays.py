@@ -43,7 +43,13 @@ def from_arrays(
     - `format`: "roberta-tf", RoBERTa by TensorFlow's names (raw or with prefix, suffix and `self/` deleted) or by the
       Haiku port's; a nested dictionary of Haiku parameters will do. A classifier's parameters make a
       `SequenceClassifier`, else it is an `Encoder`; `head=MaskedLM` takes the file's masked-LM head.
-    - `config`: the original system's own configuration; sizes that the arrays tell may be missing.
+    - `config`: the original system's own configuration. Of "roberta-tf": `vocab_size`, `hidden_size`, `n_layers`,
+      `n_heads`, `intermediate_size`, `position_rows`, `n_classes`, which the arrays tell where they are missing (but
+      `n_heads`, where heads are not of 64); `position_offset` (2), `mask_id` (1), `layer_norm_eps` (1e-5),
+      `weight_stddev` (0.02), `embed_dropout_rate`, `fully_connected_drop_rate`, `attention_drop_rate` and
+      `classifier_drop_rate` (0.1 each).
+    - `head`: of "roberta-tf", `Encoder`, `SequenceClassifier`, `MaskedLM` or `SentenceEmbedder`; others are put on the
+      encoder by `Head.of`.
     - `source` names where the arrays came from, for the origin.
 
     The model computes what the original does. That is not always what the reference library computes: `export` says
@@ -66,15 +72,15 @@ def inspect_arrays(
     head: type | None = None,
     labels: int | Sequence[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    strict: bool = True,
 ) -> Report:
     """What `from_arrays` would do; nothing is raised for a report that is not clean."""
-    return _planned(format, tensors, config, Request(head, labels, override))[0].report
+    return _planned(format, tensors, config, Request(head, labels, override, strict=strict))[0].report
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, or of what joblib wrote; nothing in a file is run."""
-    if not Path(path).is_file():
-        raise SourceNotFound(f"There is no file {os.fspath(path)!r}.")
+    _expect_file(path)
     if Path(path).suffix != ".safetensors":
         return open_joblib(path)
     try:
@@ -90,9 +96,16 @@ def read_config(path: str | os.PathLike[str], given: str | os.PathLike[str] | No
     beside = Path(path).parent / "config.json"
     if given is None and not beside.is_file():
         return {}
-    if given is not None and not Path(given).is_file():
-        raise SourceNotFound(f"There is no file {os.fspath(given)!r}.")
+    if given is not None:
+        _expect_file(given)
     return read_json(beside if given is None else Path(given))
+
+
+def _expect_file(path: str | os.PathLike[str]) -> None:
+    if Path(path).is_dir():
+        raise SourceNotFound(f"{os.fspath(path)!r} is a directory; a file of arrays or its config is expected.")
+    if not Path(path).is_file():
+        raise SourceNotFound(f"There is no file {os.fspath(path)!r}.")
 
 
 def _planned(
@@ -100,6 +113,11 @@ def _planned(
 ) -> tuple[Plan, Checkpoint]:
     if format not in FORMATS:
         raise ConversionError(f"format = {format!r} is not one of {', '.join(FORMATS)}.")
+    for name, given in (("tensors", tensors), ("config", config)):
+        if not isinstance(given, Mapping):
+            raise ConversionError(
+                f"{name} must be a dictionary, but it is {type(given).__name__} (read the file first)."
+            )
     family, prepare = FORMATS[format]
     arrays, config, notes = prepare(_flat(tensors), config)
     specs = {name: _spec(name, x) for name, x in arrays.items()}
@@ -113,7 +131,10 @@ def _flat(tensors: Mapping[str, Any], before: str = "") -> dict[str, np.ndarray]
     for name, x in tensors.items():
         if not isinstance(name, str):
             raise MalformedCheckpoint(f"{before}{name!r} is not a string; arrays are found by their names.")
-        flat |= _flat(x, f"{before}{name}/") if isinstance(x, Mapping) else {before + name: _array(before + name, x)}
+        found = _flat(x, f"{before}{name}/") if isinstance(x, Mapping) else {before + name: _array(before + name, x)}
+        if twice := found.keys() & flat.keys():
+            raise MalformedCheckpoint(f"{min(twice)} is there twice, once inside a dictionary of its own.")
+        flat |= found
     return flat
 
 

@@ -126,7 +126,11 @@ def read(
     unknown = {} if lenient else {k: v for k, v in config.items() if k not in known and v is not None}
     wrong += [f"{name} = {_short(value)} is unknown" for name, value in sorted(unknown.items())]
     if wrong:
-        hint = " strict=False ignores unknown fields, if you know that they change nothing." if unknown else ""
+        hint = (
+            " strict=False (--no-strict) ignores unknown fields, if you know that they change nothing."
+            if unknown
+            else ""
+        )
         lines = "\n  ".join(wrong)
         raise UnsupportedConfig(f"config.json has facts that are not understood:\n  {lines}\n{hint}".rstrip())
     return ours

@@ -82,6 +82,7 @@ def inspect(
     head: type | None = None,
     labels: int | Sequence[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    strict: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | None = None,
@@ -91,7 +92,7 @@ def inspect(
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     if serialisation.is_native(directory):
         raise ConversionError(f"{directory} is in the native format: it holds a model, not a checkpoint to convert.")
-    return make_plan(open_directory(directory), Request(head, labels, override)).report
+    return make_plan(open_directory(directory), Request(head, labels, override, strict=strict)).report
 
 
 def locate(source: Source, **options: Any) -> Path:

@@ -45,6 +45,7 @@ def export(
         raise ConversionError(
             "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
         )
+    FAMILIES[model.config.family].architecture(type(model))  # there is none: known before anything is written
     specs, get = tensors(model)
     shards = _shards(specs, _bytes(max_shard_size))
     with replacing(directory, stale=STALE, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
@@ -99,7 +100,7 @@ def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None
         raise ConversionError(
             f"config.json of a {family.model_type} cannot say this, so the export would be another model:\n  "
             + "\n  ".join(unsaid)
-            + "\nreconfigure(model, …) gives these facts the values that can be said."
+            + "\nreconfigure(model, …) gives these facts the values that can be said (grow= where that adds arrays)."
         )
 
 

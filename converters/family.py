@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Fact
+from .errors import ConversionError
 from .rules import Table
 from .spelling import Prefixed, Spelling
 
@@ -48,9 +49,13 @@ class Family:
     recognise: Callable[[Collection[str]], str] | None = None
 
     def architecture(self, model_class: type) -> str:
-        """What the reference calls this class of ours."""
+        """What the reference calls this class of ours. Raises a `ConversionError` where it has no such model."""
         wanted = self.like.get(model_class, model_class)
-        return next(name for name, one in self.architectures.items() if one is wanted)
+        for name, one in self.architectures.items():
+            if one is wanted:
+                return name
+        known = ", ".join(self.models)
+        raise ConversionError(f"There is no {model_class.__name__} of {self.model_type}: that has {known}.")
 
     def is_bare(self, model_class: type) -> bool:
         """Whether the reference's class is the encoder alone, whose keys have no prefix."""

@@ -82,6 +82,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gradients", action="store_true", help="with --verify: compare every gradient too")
     parser.add_argument("--head", choices=sorted(HEADS), help="this class in the place of the file's architecture")
     parser.add_argument("--labels", type=int, metavar="N", help="number of labels of a classifier")
+    parser.add_argument("--no-strict", action="store_true", help="draw what is missing, leave out what is unexpected")
     parser.add_argument("--seed", type=int, default=0, help="of arrays that the file lacks (default 0)")
     parser.add_argument("--dtype", choices=["auto", *convert.DTYPES], default="auto", help="auto keeps the file's own")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -123,7 +124,7 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
     """Fills `said`, what is printed with --json, and prints the rest; returns the exit code."""
     import jax
 
-    options = {"head": HEADS.get(args.head), "labels": args.labels}
+    options: dict[str, Any] = {"head": HEADS.get(args.head), "labels": args.labels, "strict": not args.no_strict}
     if args.dry_run:
         report = _inspect(args, options)
         said["report"] = report.as_json()

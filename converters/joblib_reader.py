@@ -30,8 +30,8 @@ MAX_ARRAY = 64 << 30  # bytes of one array
 MAX_DIMENSIONS = 32
 MAX_SCALAR = 16  # bytes
 MAX_NAMES, MAX_NAME = 100_000, 1000  # how many, and characters of one
-# A compressed file does not show how much it holds. Weights compress to a half at best, zeros a thousandfold.
-MAX_UNPACKED, MAX_RATIO = 1 << 30, 1000  # whichever is more
+# A compressed file does not show how much it holds. Weights compress to a half at best.
+MAX_UNPACKED, MAX_RATIO = 1 << 30, 20  # whichever is more
 MAX_LZMA_MEMORY = 1 << 28  # the dictionary that a header may ask for; `xz -9` asks for 65 MiB
 CHUNK = 1 << 18
 

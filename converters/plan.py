@@ -38,7 +38,9 @@ class Request:
 
     def __post_init__(self):
         labels = self.labels
-        if isinstance(labels, str) or (self.num_labels is not None and self.num_labels < 1):
+        if isinstance(labels, str | bool) or not isinstance(labels, int | Sequence | None):
+            raise ConversionError(f"labels = {labels!r}: expected how many, or a list of their names.")
+        if self.num_labels is not None and self.num_labels < 1:
             raise ConversionError(f"labels = {labels!r}: expected how many (at least 1), or a list of their names.")
         if not isinstance(labels, int | None) and len(set(labels)) != len(labels):
             raise ConversionError(f"labels = {list(labels)}: two labels have one name.")
@@ -81,16 +83,17 @@ def make_plan(
     names = spelling.names(checkpoint.specs)
     dressed = _dressed(checkpoint.directory, family, request.head)
     architecture = _architecture(fields_, family, names, checkpoint)
-    model_class = _model_class(family, architecture, dressed, request.head)
+    bare = bool(family.roots) and is_bare(checkpoint.specs, family)
+    model_class = _model_class(family, architecture, dressed, bare, request.head)
     stated = configs.read(
         fields_, family.facts, fixed=family.fixed, irrelevant=family.irrelevant, lenient=not request.strict
     )
     config = _config(family, stated | (dressed or {}) | ({"tied": False} if untied else {}), request)
+    _expect_classifier(model_class, request)
     config = family.observe(config, model_class, frozenset(names), fields_)
     built = _built(model_class, config, request, len(checkpoint.specs))
     config = built.config  # a head has its own say: whether there is a pooler, how many labels
     leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
-    _expect_classifier(model_class, request)
     table = family.table(config, model_class)
     links = expand(table, leaves)
     new = _new(links, leaves, names, family, architecture, model_class, request, stated.get("labels"))
@@ -106,7 +109,7 @@ def make_plan(
         allow_unexpected=request.allow_unexpected if request.strict else ("*",),
         architecture=architecture,
         model=model_class.__name__,
-        notes=(*notes, *_notes(untied)),
+        notes=(*notes, *_notes(untied, architecture, bare and not family.is_bare(model_class) and not request.head)),
     )
     plan = Plan(family, architecture, model_class, config, built, names, kept, table, report)
     _expect_floats(plan, checkpoint.specs)
@@ -152,7 +155,7 @@ def _architecture(fields_: Mapping[str, Any], family: Family, names: Collection[
     return next(iter(family.architectures)) if is_bare(checkpoint.specs, family) else unnamed
 
 
-def _model_class(family: Family, architecture: str, dressed: Any, head: type | None) -> type:
+def _model_class(family: Family, architecture: str, dressed: Any, bare: bool, head: type | None) -> type:
     if head is not None:
         if head not in family.models.values():
             raise ConversionError(
@@ -166,6 +169,8 @@ def _model_class(family: Family, architecture: str, dressed: Any, head: type | N
             f"{architecture} is not supported; supported are:\n{supported()}\n"
             f"head= loads the encoder of any {family.model_type} file under one of {', '.join(family.models)}."
         )
+    # sentence-transformers leaves the name of the class that its encoder was taken from; the tensors are the encoder's.
+    found = next(iter(family.architectures.values())) if dressed and bare else found
     return next((one for one, like in family.like.items() if dressed and like is found), found)
 
 
@@ -229,7 +234,7 @@ def _dressed(directory: Path | None, family: Family, head: type | None) -> dict[
 def _expect_classifier(model_class: type, request: Request) -> None:
     if request.labels is not None and not getattr(model_class, "takes_labels", False):
         raise ConversionError(
-            f"labels={request.labels} is for a classifier, and a {model_class.__name__} is none; head= chooses one."
+            f"labels={request.labels} is for a classifier, and {model_class.__name__} is none; head= chooses one."
         )
 
 
@@ -283,7 +288,12 @@ def _with_surplus(table: Table, read: Sequence[Link], drawn: Sequence[Link]) -> 
     return (*others, *replaced)
 
 
-def _notes(untied: bool) -> tuple[str, ...]:
+def _notes(untied: bool, architecture: str, headless: bool) -> tuple[str, ...]:
+    if headless:
+        return (
+            f"config.json names {architecture}, but the file holds the encoder alone: head=Encoder (--head Encoder)"
+            " loads it",
+        )
     if untied:
         return (
             "the file holds a decoder that differs from the token embedding, so the model is untied,"

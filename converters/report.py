@@ -64,7 +64,8 @@ class Report:
     def __str__(self) -> str:
         size = f"{self.num_tensors} tensors, {self.num_parameters / 1e6:.1f}M parameters, {self.num_bytes / 1e6:.1f} MB"
         lines = [f"{self.architecture} -> {self.model}: {size}, {', '.join(self.dtypes)}"]
-        lines.append(f"  read        {sum(len(link.keys) for link in self.links):>4}")
+        wanted = sum(len(link.keys) for link in self.links)
+        lines.append(f"  read        {wanted - len(self.missing) - len(self.mismatched):>4}")
         for name, entries, show in self._sections():
             lines += _section(name, entries, show)
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

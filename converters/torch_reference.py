@@ -44,9 +44,11 @@ def load(model: Any, origin: Origin) -> Any:
         transformers.logging.enable_progress_bar()
     specs, get = reference_names.tensors(model)
     state = reference.state_dict()
-    drawn = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    # What the file has under the name of one of ours, but for another head, was dropped: ours was drawn.
+    dropped = {origin.renamed.get(key, key) for key in origin.dropped}
+    drawn = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"]), *dropped}
     with torch.no_grad():
-        for name in drawn:
+        for name in drawn & specs.keys() & state.keys():
             state[name].copy_(torch.from_numpy(np.array(get(name), np.float32)))
         for name, spec in specs.items():
             if name in state:

@@ -102,6 +102,10 @@ def verify(
     torch_reference.expect()
     if model is None:
         model, origin = convert.load(source, **options)
+    if origin is not None and origin.family not in FAMILIES:
+        raise ConversionError(
+            f"{source}: {origin.family} is no format of the reference library, nothing to compare with."
+        )
     if origin is None or origin.directory is None or not Path(origin.directory).is_dir():
         raise ConversionError(
             f"{source}: the checkpoint that it came from is not here any more, nothing to compare with."
@@ -182,10 +186,7 @@ def _seen(layers: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarr
 
 def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     """Each tensor's gradient of the output's sum with random weights, against the reference's."""
-    shape = jax.eval_shape(lambda: _called(model, inputs)).shape
-    weights = np.random.default_rng(SEED).standard_normal(shape).astype(np.float32)
-    if model.config.causal:
-        weights *= np.repeat(inputs["attention_mask"], shape[1] // inputs["ids"].shape[1], axis=1)
+    weights = _weights(model, inputs)
     theirs = torch_reference.gradients(reference, model, inputs, weights)
 
     @eqx.filter_jit
@@ -202,11 +203,25 @@ def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dic
     return {name: error(get(name), theirs.get(name, zero(name))) for name in specs}
 
 
+def _weights(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Random numbers for all of a row's outputs; none for what a causal model gives where it sees nothing."""
+    shapes = [x.shape for x in jax.eval_shape(lambda: _outputs(model, inputs))]
+    rng, mask = np.random.default_rng(SEED), inputs["attention_mask"]
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    if model.config.causal:
+        seen = lambda x: mask if x.shape[:2] == mask.shape else mask[:, 0]
+        weights = [x * seen(x).reshape(*seen(x).shape, *[1] * (x.ndim - seen(x).ndim)) for x in weights]
+    return np.concatenate([x.reshape(len(x), -1) for x in weights], axis=1)
+
+
 def _called(model: Any, inputs: dict[str, np.ndarray]) -> Any:
     """The model on every row, as one line of numbers a row."""
+    return jnp.concatenate([x.reshape(len(x), -1) for x in _outputs(model, inputs)], axis=1)
+
+
+def _outputs(model: Any, inputs: dict[str, np.ndarray]) -> list[Any]:
     given = {name: jnp.asarray(x) for name, x in inputs.items()}
-    leaves = jax.tree.leaves(jax.vmap(lambda ids, kwargs: model(ids, **kwargs))(given.pop("ids"), given))
-    return jnp.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+    return jax.tree.leaves(jax.vmap(lambda ids, kwargs: model(ids, **kwargs))(given.pop("ids"), given))
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray) -> float:

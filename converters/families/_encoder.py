@@ -30,6 +30,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "pruned_heads": ({}, []),
     "tie_encoder_decoder": (False,),
+    "adapters": (
+        {"adapters": {}, "config_map": {}},
+        {"adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {}},
+    ),
 }
 
 # Fields that do not change what the network computes from its inputs.
@@ -59,6 +63,7 @@ IRRELEVANT = frozenset(
         "finetuning_task",
         "task_specific_params",
         "language",
+        "name",
         "output_attentions",
         "output_hidden_states",
         "output_past",
@@ -232,7 +237,8 @@ def observe(prefix: str, head: str | None = None) -> Any:
 
 def _expect_agreement(config: EncoderConfig, model_class: type, fields: Mapping[str, Any]) -> None:
     """A file whose config contradicts its architecture is not for us to settle; another head that was asked for may."""
-    named = (fields.get("architectures") or [""])[0]
+    listed = fields.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
     if model_class is CausalLM and not config.causal and named.endswith(("LMHeadModel", "ForCausalLM")):
         raise UnsupportedConfig(
             f"config.json names {named} but has is_decoder = false, with which the reference lets every token see"

@@ -121,7 +121,7 @@ FAMILY = Family(
         fact("tie_word_embeddings", "tied", flag, True),
         labels(),
     ),
-    fixed={**FIXED, "is_decoder": (False,)},
+    fixed=FIXED | {"is_decoder": (False,)},
     # Sinusoidal positions are how the table was first filled; it is in the file as any other.
     irrelevant=IRRELEVANT | {"sinusoidal_pos_embds", "tie_weights_"},
     table=table,

@@ -20,7 +20,7 @@ import numpy as np
 from eqx_transformers import ROBERTA, Encoder, EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier
 
 from ..config import fact, rate, size, whole
-from ..errors import UnsupportedConfig
+from ..errors import MalformedCheckpoint, UnsupportedConfig
 from ..family import Family
 from ..ops import FLIP
 from ..rules import Ignore, Table, rule
@@ -93,9 +93,9 @@ class Names:
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         names: dict[str, str] = {}
-        for key in keys:
-            plain = from_haiku(key.removesuffix(":0").replace(RAW, "").replace("self/", ""))
-            names[key if plain in names else plain] = key
+        plain = {key: from_haiku(key.removesuffix(":0").replace(RAW, "").replace("self/", "")) for key in keys}
+        for key in sorted(keys, key=lambda key: plain[key] != key):
+            names[key if plain[key] in names else plain[key]] = key
         return names
 
     def old(self, key: str) -> str:
@@ -117,15 +117,24 @@ def prepare(
     it, by RoBERTa's own 50265 and by an output bias that begins with exactly four zeros.
     """
     names = Names.of(arrays).names(arrays)
-    arrays, config = dict(arrays), {k: v for k, v in config.items() if k != "pretrained"}
-    inferred = _inferred(arrays, names)
-    config = {name: value for name, value in inferred.items() if value is not None} | config
+    if arrays and not any(re.match("embeddings/|encoder/layer_", name) for name in names):
+        raise MalformedCheckpoint(
+            f"None of the {len(arrays)} arrays has a name of RoBERTa in TensorFlow or in Haiku; the first is"
+            f" {next(iter(arrays))!r}. A file of the reference library is read from its directory, without a format."
+        )
+    # `pretrained` holds the arrays again.
+    arrays, given = dict(arrays), {k: v for k, v in config.items() if k != "pretrained"}
+    config = {name: value for name, value in _inferred(arrays, names).items() if value is not None} | given
+    stated = config.get("vocab_size")
+    vocab_size = stated if isinstance(stated, int) else 0  # what it is otherwise, reading the config says
     notes = []
+    if "n_heads" not in given and "n_heads" in config:
+        notes.append(f"n_heads = {config['n_heads']} was assumed, heads of 64 as RoBERTa's: no array tells it")
     for key in (names[name] for name in (WORDS, BIAS) if name in names):
-        if arrays[key].ndim and len(arrays[key]) == config.get("vocab_size", 0) + 4:
+        if arrays[key].ndim and len(arrays[key]) == vocab_size + 4:
             arrays[key] = arrays[key][4:]
             notes.append(
-                f"{key} has 4 rows more than the vocabulary's {config['vocab_size']}: rows of an older vocabulary that"
+                f"{key} has 4 rows more than the vocabulary's {vocab_size}: rows of an older vocabulary that"
                 " stand above the model's (row = id + 4). They were dropped, which is not undone on the way back"
             )
     if "n_heads" not in config:

@@ -1,7 +1,7 @@
 """What BERT and its kin differ in, as data: one config class, and the facts of each family."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import jax
 from jax.nn.initializers import Initializer
@@ -93,6 +93,14 @@ class EncoderConfig:
         for name in ("num_layers", "token_types", "position_offset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative.")
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), _words(f.type)
+            if allowed and isinstance(value, str) and value not in allowed:
+                raise ValueError(f"{f.name} = {value!r} is not one of {', '.join(allowed)}.")
+        for site in (f.name for f in fields(self) if f.name.endswith("dropout")):
+            rate = getattr(self, site)
+            if isinstance(rate, int | float) and not isinstance(rate, bool) and not 0 <= rate <= 1:
+                raise ValueError(f"{site} = {rate} is not a probability, from 0 to 1.")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}.")
         if self.padding_id is None and (self.positions == "after_padding" or self.hides_padding):
@@ -117,6 +125,12 @@ class EncoderConfig:
     def table_dim(self) -> int:
         """The width of the embedding tables."""
         return self.embed_dim if self.embedding_dim is None else self.embedding_dim
+
+
+def _words(kind: Any) -> tuple[str, ...]:
+    """The words that an annotation allows, in a `Literal` of its own or as a part of a union."""
+    parts = get_args(kind)
+    return tuple(x for x in parts if isinstance(x, str)) or tuple(word for part in parts for word in _words(part))
 
 
 BERT = EncoderConfig(family="bert", vocab_size=30522)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
 from .head_parts import ClassificationHead, MaskedLMHead, Pooling
-from .roberta import Encoder, Pooler, as_part
+from .roberta import ONE, Encoder, Pooler, as_part
 
 Ids = Integer[Array | np.ndarray, " seq"]
 Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
@@ -39,6 +39,8 @@ class Head(eqx.Module):
         `labels` says how many where the head has labels (one of a `SequenceClassifier`: a regression), and is None
         where it has none. Raises a `ValueError` otherwise, and for an encoder that is a part of another model.
         """
+        if not isinstance(encoder, Encoder):
+            raise ValueError(f"{cls.__name__}.of: expected an Encoder, but it is {type(encoder).__name__}.")
         if encoder.config is None:
             raise ValueError(
                 "This encoder is a part of another model, which has the config:"
@@ -46,6 +48,8 @@ class Head(eqx.Module):
             )
         if cls.takes_labels == (labels is None):
             raise ValueError(f"labels = {labels}: " + ("say how many." if cls.takes_labels else "this head has none."))
+        if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
+            raise ValueError(f"labels = {labels!r}: say how many, as a whole number.")
         if key is None and cls.draws:
             raise ValueError(f"{cls.__name__} has parameters of its own to draw: pass key=jax.random.key(…).")
         config = encoder.config if labels is None else replace(encoder.config, labels=labels)
@@ -55,6 +59,11 @@ class Head(eqx.Module):
         """The encoder's hidden states."""
         with within("backbone"):
             return self.backbone(token_ids, key=key, **inputs)
+
+    def scores(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, "seq vocab"]:
+        """What a language-model head makes of them: it may score against the token embedding."""
+        with within("head"):
+            return self.head(hidden, self.backbone.embedding.tokens)
 
     def vector(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
         """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
@@ -93,9 +102,7 @@ class MaskedLM(Head):
         self.head = MaskedLMHead(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
-        hidden = self.hidden(token_ids, key, inputs)
-        with within("head"):
-            return self.head(hidden, self.backbone.embedding.tokens)
+        return self.scores(self.hidden(token_ids, key, inputs))
 
 
 class CausalLM(Head):
@@ -114,9 +121,7 @@ class CausalLM(Head):
         self.head = MaskedLMHead(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
-        hidden = self.hidden(token_ids, key, inputs)
-        with within("head"):
-            return self.head(hidden, self.backbone.embedding.tokens)
+        return self.scores(self.hidden(token_ids, key, inputs))
 
 
 class PreTrainingLogits(NamedTuple):
@@ -142,8 +147,7 @@ class PreTraining(Head):
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> PreTrainingLogits:
         hidden = self.hidden(token_ids, key, inputs)
-        with within("head"):
-            prediction = self.head(hidden, self.backbone.embedding.tokens)
+        prediction = self.scores(hidden)
         vector = self.vector(hidden)
         with within("next_sentence"):
             return PreTrainingLogits(prediction, self.next_sentence(vector))
@@ -266,11 +270,13 @@ class MultipleChoice(Head):
         self, token_ids: Integer[Array | np.ndarray, "choices seq"], *, key: Key = None, **inputs: Input
     ) -> Float[Array, " choices"]:
         """Raises a `ValueError` where an input does not have the choices of `token_ids`."""
+        choices = jnp.shape(token_ids)[:1]
         for name, x in {"token_ids": token_ids, **inputs}.items():
-            if x is not None and (jnp.ndim(x) < 2 or jnp.shape(x)[0] != jnp.shape(token_ids)[0]):
-                raise ValueError(f"MultipleChoice: {name} must be 'choices seq' as token_ids, not {jnp.shape(x)}.")
+            if x is not None and (jnp.ndim(x) not in (2, 3) or jnp.shape(x)[:1] != choices or choices == (0,)):
+                raise ValueError(f"MultipleChoice: {name} must be 'choices seq', but it is {jnp.shape(x)}. {ONE}")
         keys = None if key is None else jax.random.split(key, jnp.shape(token_ids)[0])
-        return jax.vmap(self.score)(token_ids, inputs, keys)
+        given: dict[str, Input] = {name: None if x is None else jnp.asarray(x) for name, x in inputs.items()}
+        return jax.vmap(self.score)(jnp.asarray(token_ids), given, keys)
 
     def score(self, token_ids: Ids, inputs: dict[str, Input], key: Key) -> Float[Array, ""]:
         """The logit of one choice."""
@@ -321,7 +327,9 @@ class SentenceEmbedder(Head):
     ) -> Float[Array, " embed_dim"]:
         """`attention_mask` must be ` seq` here: it also says which hidden states are averaged."""
         hidden = self.hidden(token_ids, key, {"attention_mask": attention_mask, **inputs})
-        keys = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        keys = None if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        if keys is None and self.backbone.hidden_id is not None:
+            keys = jnp.asarray(token_ids) != self.backbone.hidden_id
         if keys is not None and keys.ndim != 1:
             raise ValueError(f"SentenceEmbedder: attention_mask must be 'seq' (it is averaged over), not {keys.shape}.")
         with within("pooling"):

@@ -230,8 +230,10 @@ def _ids(name: str, x: Any, like: Array | None = None) -> Array | None:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, but it is {x.dtype}.")
+    if x.ndim == 1 and not x.size:
+        raise ValueError(f"{name} is empty: a model takes a sequence of at least one token.")
     if x.ndim != 1:
-        raise ValueError(f"{name} must be 'seq', but it is {x.shape}. {_ONE}")
+        raise ValueError(f"{name} must be 'seq', but it is {x.shape}. {ONE}")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{name} must be as long as token_ids, {like.shape[0]}, but it is {x.shape[0]}.")
     return x.astype(jnp.int32)
@@ -244,7 +246,7 @@ def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int, ca
     given = jnp.asarray(attention_mask)
     if given.shape not in ((seq,), (seq, seq)):
         wanted = f"{(seq,)} (keys) or {(seq, seq)} (queries, keys)"
-        raise ValueError(f"attention_mask must be {wanted}, but it is {given.shape}. {_ONE}")
+        raise ValueError(f"attention_mask must be {wanted}, but it is {given.shape}. {ONE}")
     if jnp.issubdtype(given.dtype, jnp.floating):
         # In an additive mask 0 means attend: read as one of ours, it would hide exactly what should be seen.
         raise ValueError(f"attention_mask must be bool or integers, 1 where to attend, but it is {given.dtype}.")
@@ -255,7 +257,7 @@ def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int, ca
     return Mask(causal=causal, segments=segments, keys=keys, dense=dense)
 
 
-_ONE = "A model takes one sequence: jax.vmap it over a batch."
+ONE = "A model takes one sequence: jax.vmap it over a batch."
 
 
 def as_part(encoder: Encoder, pooler: eqx.Module | None, causal: bool) -> Encoder:

@@ -13,6 +13,7 @@ from eqx_transformers import (
     MaskedLM,
     NextSentencePredictor,
     PreTraining,
+    QuestionAnswerer,
     SentenceEmbedder,
     SequenceClassifier,
     TokenClassifier,
@@ -120,7 +121,7 @@ def test_a_decoder_that_sees_the_future_is_not_guessed_at():
 
 def test_labels_are_for_heads_that_have_them():
     directory = reference(Row("bert", Encoder)).directory
-    with pytest.raises(converters.ConversionError, match="labels=3 is for a classifier, and a PreTraining is none"):
+    with pytest.raises(converters.ConversionError, match="labels=3 is for a classifier, and PreTraining is none"):
         converters.load(directory, head=PreTraining, labels=3, key=KEY)
     assert converters.load(directory, head=TokenClassifier, labels=3, key=KEY)[0].head.output.weight.shape == (3, 21)
 
@@ -164,3 +165,48 @@ def test_the_report_is_said_before_a_tensor_is_read(monkeypatch):
     converters.load(directory, announce=said.append)
     assert said[0] == converters.inspect(directory)
     assert len(said) > 1 and all(isinstance(key, str) for key in said[1:])
+
+
+VERIFIED = [
+    (Row("bert", Encoder), MaskedLM),  # a drawn head has a tied name that the file lacks
+    (Row("roberta", Encoder), CausalLM),
+    (Row("bert", TokenClassifier), SequenceClassifier),  # the file's own classifier has our head's name and shape
+    (Row("distilbert", TokenClassifier), SequenceClassifier),
+    (Row("bert", CausalLM), SequenceClassifier),  # a causal model whose output has no tokens
+    (Row("roberta", CausalLM), SentenceEmbedder),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted"), VERIFIED, ids=lambda x: x.id if isinstance(x, Row) else x.__name__)
+def test_what_is_drawn_is_verified_too(row, wanted):
+    verification = converters.verify(reference(row).directory, gradients=True, head=wanted, key=KEY)
+    assert verification.passed, str(verification)
+
+
+def test_a_head_that_the_reference_does_not_have_is_not_exported(tmp_path):
+    encoder, _ = converters.load(reference(Row("roberta", Encoder)).directory)
+    with pytest.raises(converters.ConversionError, match="There is no PreTraining of roberta: that has Encoder, Mask"):
+        converters.export(PreTraining.of(encoder, key=KEY), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_sentence_embedder_may_name_the_class_that_its_encoder_was_taken_from(tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(reference(Row("roberta", SentenceEmbedder)).directory, tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_bytes()) | {"architectures": ["RobertaForMaskedLM"]}
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    assert type(converters.load(tmp_path / "one")[0]) is SentenceEmbedder
+    (tmp_path / "one" / "modules.json").unlink()
+    with pytest.raises(converters.Mismatch, match=r"the file holds the encoder alone: head=Encoder \(--head Encoder\)"):
+        converters.load(tmp_path / "one")
+    assert "  read          37\n" in str(converters.inspect(tmp_path / "one"))  # what is missing is not read
+
+
+def test_a_config_of_another_number_of_answers_is_refused(tmp_path):
+    row = Row("bert", QuestionAnswerer)
+    with pytest.raises(converters.ConversionError, match="labels=3 is for a classifier, and QuestionAnswerer is none"):
+        converters.load(reference(row).directory, labels=3)
+    with pytest.raises(converters.ConversionError, match="labels = True: expected how many"):
+        converters.load(reference(Row("bert", SequenceClassifier)).directory, labels=True)

@@ -380,7 +380,7 @@ def test_wrong_usage_is_code_2_and_one_line(run, argv, words):
 
 def test_labels_without_a_classifier_are_refused(run):
     code, _, err = run("../tiny", "--labels", "3")
-    assert code == 3 and "labels=3 is for a classifier, and a MaskedLM is none" in err and listing() == []
+    assert code == 3 and "labels=3 is for a classifier, and MaskedLM is none" in err and listing() == []
 
 
 def test_a_native_directory_is_not_converted_again(run):

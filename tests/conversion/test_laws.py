@@ -4,6 +4,7 @@ forward: 2e-5 of the reference's largest absolute value (at least 1); gradients:
 a hundredth of the largest of all (a key's bias has no gradient but noise). All reference parameters are perturbed.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,7 +22,16 @@ from safetensors.numpy import load_file, save_file
 import converters
 from converters import convert, reference_names
 from converters.families import FAMILIES
-from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier, stack
+from eqx_transformers import (
+    Encoder,
+    MaskedLM,
+    MultipleChoice,
+    QuestionAnswerer,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+    stack,
+)
 from eqx_transformers.surgery import leaves_by_path
 
 from ..reference import forward, make, reference, run, save
@@ -186,32 +196,91 @@ def test_a_tensor_under_its_old_name_beside_the_new_one_is_unexpected(row, tmp_p
     assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([], [key], [])
 
 
+OTHERS = {
+    "hidden_act": "tanh",
+    "activation": "tanh",
+    "summary_type": "last",
+    "summary_activation": "tanh",
+    "id2label": {str(i): f"L{i}" for i in range(9)},
+    "position_embedding_type": "relative_key",
+    "classifier_dropout": 0.25,
+    "pruned_heads": {"0": [1]},
+    "adapters": {"adapters": {"x": {}}},
+}
+
+
+def other(name, value):
+    """Another value of a field, and a possible one."""
+    if name in OTHERS or isinstance(value, bool) or value is None:
+        return OTHERS.get(name, 7 if value is None else not value)
+    return value / 2 + 0.01 if isinstance(value, float) else value + 1
+
+
 @rows
-def test_every_fact_perturbed_changes_the_config_or_is_refused(row, tmp_path):
+def test_every_fact_perturbed_changes_it_alone_or_is_refused(row, tmp_path):
     ref, family = reference(row), FAMILIES[row.family]
     config = json.loads((ref.directory / "config.json").read_bytes())
-    fields = {one.theirs: config.get(one.theirs) for one in family.facts} | {
-        name: allowed[0] for name, allowed in family.fixed.items()
-    }
+    base = loaded(row, "tuple")[0].config
+    facts = {one.theirs: one for one in family.facts}
+    fields = {name: config.get(name) for name in facts} | {name: allowed[0] for name, allowed in family.fixed.items()}
+    (tmp_path / "model.safetensors").write_bytes((ref.directory / "model.safetensors").read_bytes())
     for name, value in fields.items():
-        other = {
-            "hidden_act": "tanh",
-            "activation": "tanh",
-            "summary_type": "last",
-            "summary_activation": "tanh",
-            "id2label": {str(i): f"L{i}" for i in range(9)},
-            "position_embedding_type": "relative_key",
-            "classifier_dropout": 0.25,
-            "pruned_heads": {"0": [1]},
-        }.get(name) or (not value if isinstance(value, bool) else 7 if value is None else value + 1)
-        (tmp_path / "config.json").write_text(json.dumps(config | {name: other}))
-        (tmp_path / "model.safetensors").write_bytes((ref.directory / "model.safetensors").read_bytes())
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: other(name, value)}))
         try:
             plan = convert.make_plan(convert.open_directory(tmp_path), convert.Request())
         except converters.UnsupportedConfig as error:
             assert name in str(error) or "num_heads" in str(error)
         else:
-            assert plan.config != loaded(row, "tuple")[0].config or name == "tie_word_embeddings", name
+            changed = {
+                f.name for f in dataclasses.fields(base) if getattr(plan.config, f.name) != getattr(base, f.name)
+            }
+            assert changed - {"spare_bias"} == {facts[name].ours}, name
+
+
+# Distinct rates for all fields, and where the reference's modules drop: in the encoder (embedding, attention weights,
+# what attention gives, what the feed-forward network gives), and in the heads.
+RATES = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.13, "classifier_dropout": 0.17}
+BERT_RATES = (
+    RATES,
+    ("embeddings", "encoder.layer.1.attention.self", "encoder.layer.1.attention.output", "encoder.layer.1.output"),
+)
+DROPPING = {
+    "bert": BERT_RATES,
+    "roberta": BERT_RATES,
+    "xlm-roberta": BERT_RATES,
+    "electra": (RATES | {"summary_last_dropout": 0.19}, BERT_RATES[1]),
+    "distilbert": (
+        {"dropout": 0.11, "attention_dropout": 0.13, "seq_classif_dropout": 0.17, "qa_dropout": 0.19},
+        ("embeddings", "transformer.layer.1.attention", None, "transformer.layer.1.ffn"),
+    ),
+}
+IN_HEADS = {
+    SequenceClassifier: {
+        "roberta": "classifier.dropout",
+        "xlm-roberta": "classifier.dropout",
+        "electra": "classifier.dropout",
+    },
+    MultipleChoice: {"electra": "sequence_summary.last_dropout"},
+    TokenClassifier: {},
+    QuestionAnswerer: {"bert": None, "roberta": None, "xlm-roberta": None, "electra": None},
+}
+
+
+@pytest.mark.parametrize("head", IN_HEADS, ids=lambda head: head.__name__)
+@pytest.mark.parametrize("family", DROPPING)
+def test_every_site_drops_at_the_references_rate(family, head, tmp_path):
+    options, places = DROPPING[family]
+    row = Row(family, head, options)
+    theirs = make(row)
+    model, _ = converters.load(save(theirs, row, tmp_path))
+    rate = lambda path: 0.0 if path is None else theirs.get_submodule(path).p
+    block = model.backbone.stack.blocks[1]
+    ours = [block.attention.dropout, block.attention_output_dropout, block.mlp_output_dropout]
+    wanted = [rate(None if place is None else f"{row.prefix}{place}.dropout") for place in places]
+    assert [model.backbone.embedding.dropout.p, *(site.p for site in ours)] == wanted
+    assert model.head.dropout.p == rate(IN_HEADS[head].get(family, "dropout"))
+    twice = head is SequenceClassifier and family in IN_HEADS[SequenceClassifier]  # before the dense layer too
+    assert model.head.input_dropout.p == (model.head.dropout.p if twice else 0.0)
 
 
 # bfloat16: no further from the float32 reference than 1.1 times the reference's own bfloat16, over these many inputs

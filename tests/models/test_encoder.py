@@ -347,12 +347,15 @@ WRONG_FACTS = {
     "no labels": ({"labels": 0}, "labels = 0 must be at least 1"),
     "negative depth": ({"num_layers": -1}, "num_layers = -1 must not be negative"),
     "counting from no padding": ({"padding_id": None}, "need a padding_id"),
+    "a misspelt word": ({"classifier": "linaer"}, "classifier = 'linaer' is not one of pooler, dense, linear"),
+    "a rate of its own": ({"choice_dropout": "choice_dropout"}, "is not one of classifier_dropout, dropout"),
+    "no probability": ({"attention_dropout": 1.5}, "attention_dropout = 1.5 is not a probability"),
     "hiding no padding": ({"positions": "index", "hides_padding": True, "padding_id": None}, "need a padding_id"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_FACTS)
-def test_facts_that_make_no_model_are_refused(case):
+def test_facts_that_make_no_model_are_refused(unchecked, case):
     facts, said = WRONG_FACTS[case]
     with pytest.raises(ValueError, match=said):
         replace(ROBERTA, **facts)

@@ -100,6 +100,8 @@ WRONG = {
     "labels for a masked LM": (lambda e: MaskedLM.of(e, 3, key=KEY), r"labels = 3: this head has none\."),
     "labels for embeddings": (lambda e: SentenceEmbedder.of(e, 3), r"labels = 3: this head has none\."),
     "zero labels": (lambda e: SequenceClassifier.of(e, 0, key=KEY), "labels = 0 must be at least 1"),
+    "labels by name": (lambda e: SequenceClassifier.of(e, ["a", "b"], key=KEY), r"labels = \['a', 'b'\]: say how many"),
+    "a head on a head": (lambda e: MaskedLM.of(SentenceEmbedder.of(e), key=KEY), "expected an Encoder, but it is Sent"),
     "a part of a model": (lambda e: MaskedLM.of(MaskedLM.of(e, key=KEY).backbone, key=KEY), r"encoder=model\.backbone"),
 }
 
@@ -221,31 +223,19 @@ def test_a_key_switches_dropout_on_in_a_head_and_inference_mode_wins(head):
         assert dropped[0] != dropped[1]  # each choice draws its own
 
 
-# Where each family's heads drop, at rates that tell the sites apart: (head, site) -> rate.
-SITES = {"dropout": 0.1, "classifier_dropout": 0.2, "answer_dropout": 0.4}
-RATES = {
-    "bert": (0.0, 0.2, 0.2, 0.2, 0.4),
-    "roberta": (0.2, 0.2, 0.2, 0.1, 0.4),
-    "xlm-roberta": (0.2, 0.2, 0.2, 0.1, 0.4),
-    "distilbert": (0.0, 0.2, 0.1, 0.2, 0.4),
-    "electra": (0.2, 0.2, 0.2, 0.1, 0.4),
-}
+class Doubled(eqx.Module):
+    """A dropout that is seen: it doubles."""
+
+    def __call__(self, x, *, key=None, inference=None):
+        return 2 * x
 
 
-@pytest.mark.parametrize("family", RATES)
-def test_the_heads_of_a_family_drop_where_the_reference_does(family):
-    head = lambda model_class: skeleton(model_class, replace(CONFIGS[family], **SITES)).head
-    classifier = head(SequenceClassifier)
-    others = [head(one).dropout.p for one in (TokenClassifier, MultipleChoice, QuestionAnswerer)]
-    assert (classifier.input_dropout.p, classifier.dropout.p, *others) == RATES[family]
-
-
-def test_the_encoders_of_the_families_drop_where_the_reference_does():
-    config = replace(CONFIGS["distilbert"], dropout=0.3, attention_dropout=0.2)
-    model = skeleton(Encoder, config)
-    block = model.stack.blocks[1]
-    rates = (model.embedding.dropout.p, block.attention.dropout.p, block.attention_output_dropout.p)
-    assert (*rates, block.mlp_output_dropout.p) == (0.3, 0.2, 0.0, 0.3)
+def test_a_projected_embedding_drops_before_its_projection():
+    model, ids = make(Encoder, "electra"), jnp.asarray(tokens())
+    embedding = model.embedding
+    doubled = eqx.tree_at(lambda m: m.dropout, embedding, Doubled())
+    normed = eqx.tree_at(lambda m: m.projection, embedding, None)(ids)
+    np.testing.assert_allclose(doubled(ids), embedding.projection(2 * normed), rtol=0, atol=1e-5)
 
 
 # ---- what the further heads mean
@@ -286,9 +276,9 @@ def test_multiple_choice_scores_each_choice_alone(family):
 
 def test_multiple_choice_wants_every_input_for_every_choice(unchecked):
     model, ids = make(MultipleChoice, "bert"), np.stack([tokens(0), tokens(1)])
-    with pytest.raises(ValueError, match=r"token_ids must be 'choices seq' as token_ids, not \(13,\)"):
+    with pytest.raises(ValueError, match=r"token_ids must be 'choices seq', but it is \(13,\)"):
         model(ids[0])
-    with pytest.raises(ValueError, match=r"attention_mask must be 'choices seq' as token_ids, not \(13,\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must be 'choices seq', but it is \(13,\)"):
         model(ids, attention_mask=np.ones(LENGTH, int))
 
 
@@ -309,6 +299,8 @@ def test_where_padding_hides_itself_no_mask_is_needed():
     np.testing.assert_array_equal(call(model, ids), call(model, ids, attention_mask=mask))
     seen = call(model, ids, attention_mask=np.ones(LENGTH, np.int32))  # a mask that is given is believed
     assert not np.allclose(seen, call(model, ids), atol=1e-3)
+    embedder = SentenceEmbedder.of(model)
+    np.testing.assert_array_equal(call(embedder, ids), call(embedder, ids, attention_mask=mask))
 
 
 def test_positions_may_start_at_an_offset():
