@@ -91,7 +91,7 @@ def inspect(
     """What `load` would do, from headers alone: nothing is raised for a report that is not clean."""
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     if serialisation.is_native(directory):
-        raise ConversionError(f"{directory} is in the native format: it holds a model, not a checkpoint to convert.")
+        raise ConversionError(f"{directory} is in the native format: there is nothing to convert; converters.load loads it.")
     return make_plan(open_directory(directory), Request(head, labels, override, strict=strict)).report
 
 
@@ -113,7 +113,10 @@ def locate(source: Source, **options: Any) -> Path:
         raise SourceNotFound(
             f"There is no directory {os.fspath(source)!r}, and that is not a hub id (NAME or OWNER/NAME)."
         )
-    return hub.fetch(source, **options)
+    try:
+        return hub.fetch(source, **options)
+    except SourceNotFound as error:
+        raise SourceNotFound(f"There is no directory {source!r} here, so it was taken for a hub id. {error}") from error
 
 
 def settled(checkpoint: Checkpoint, request: Request, **options: Any) -> Plan:
