@@ -91,7 +91,9 @@ def inspect(
     """What `load` would do, from headers alone: nothing is raised for a report that is not clean."""
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     if serialisation.is_native(directory):
-        raise ConversionError(f"{directory} is in the native format: there is nothing to convert; converters.load loads it.")
+        raise ConversionError(
+            f"{directory} is in the native format: there is nothing to convert; converters.load loads it."
+        )
     return make_plan(open_directory(directory), Request(head, labels, override, strict=strict)).report
 
 
