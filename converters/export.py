@@ -45,7 +45,6 @@ def export(
         raise ConversionError(
             "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
         )
-    FAMILIES[model.config.family].architecture(type(model))  # there is none: known before anything is written
     specs, get = tensors(model)
     shards = _shards(specs, _bytes(max_shard_size))
     with replacing(directory, stale=STALE, replaceable=lambda d: not serialisation.is_native(d)) as fresh:

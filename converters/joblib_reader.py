@@ -6,11 +6,8 @@ array's bytes in that order, without a length. From joblib 1.2 on they begin wit
 the wrapper's state then has `numpy_array_alignment_bytes`. After them the pickle goes on.
 """
 
-import bz2
 import io
-import lzma
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +22,7 @@ from eqx_transformers import tensor_file
 from . import pickle_reader
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound, UnsafeCheckpoint
 from .pickle_reader import Name
+from .unpacked import CHUNK, DECOMPRESSORS, Unpacked
 
 MAX_ARRAY = 64 << 30  # bytes of one array
 MAX_DIMENSIONS = 32
@@ -32,8 +30,6 @@ MAX_SCALAR = 16  # bytes
 MAX_NAMES, MAX_NAME = 100_000, 1000  # how many, and characters of one
 # A compressed file does not show how much it holds. Weights compress to a half at best.
 MAX_UNPACKED, MAX_RATIO = 1 << 30, 20  # whichever is more
-MAX_LZMA_MEMORY = 1 << 28  # the dictionary that a header may ask for; `xz -9` asks for 65 MiB
-CHUNK = 1 << 18
 
 CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 DTYPES = {code: np.dtype(code) for code in CODES} | {"ml_dtypes.bfloat16": np.dtype(jnp.bfloat16)}
@@ -205,7 +201,7 @@ class _Source:
 
     stream: io.BufferedIOBase
     size: int
-    unpacked: "_Unpacked | None" = None
+    unpacked: Unpacked | None = None
     taken: int = 0
 
     def built(self, value: Any, state: Any) -> Any:
@@ -224,9 +220,8 @@ class _Source:
         view = _aligned(size)
         self._fill(view)
         x = _native(view, dtype)
-        return (
-            x.reshape(shape) if order == "C" else tensor_file.copied(x.reshape(shape[::-1]).T)
-        )  # JAX would copy it too
+        # Of an array in Fortran's order JAX would make the copy; here the first buffer is freed at once.
+        return x.reshape(shape) if order == "C" else tensor_file.copied(x.reshape(shape[::-1]).T)
 
     def _skip_padding(self) -> None:
         length = self.stream.read(1)
@@ -294,7 +289,7 @@ def _open(file: io.BufferedReader) -> _Source:
     decompressor = next((make() for prefix, make in DECOMPRESSORS if start.startswith(prefix)), None)
     if decompressor is None:
         return _Source(file, size)
-    unpacked = _Unpacked(file, decompressor)
+    unpacked = Unpacked(file, decompressor)
     stream = io.BufferedReader(unpacked, CHUNK)
     return _Source(stream, max(MAX_UNPACKED, MAX_RATIO * size), unpacked)
 
@@ -305,49 +300,3 @@ def _foreign(start: bytes) -> str | None:
     if start[4:10] == b'\0\0\0\0{"':
         return "It is a safetensors file, not a joblib file."
     return next((why for prefix, why in FOREIGN if start.lstrip().startswith(prefix)), None)
-
-
-DECOMPRESSORS = (
-    (b"\x78", zlib.decompressobj),
-    (b"\x1f\x8b", lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)),  # gzip's header, and its checksum at the end
-    (b"BZ", bz2.BZ2Decompressor),
-    (b"\xfd7zXZ", lambda: lzma.LZMADecompressor(memlimit=MAX_LZMA_MEMORY)),
-    (b"\x5d\x00", lambda: lzma.LZMADecompressor(memlimit=MAX_LZMA_MEMORY)),
-)
-
-
-class _Unpacked(io.RawIOBase):
-    """A compressed file as a stream, unpacked only as far as it is read.
-
-    Not `gzip.open` and its like: they let a file pass that goes on after its end, and there is none for zlib.
-    """
-
-    def __init__(self, file: io.BufferedReader, decompressor: Any):
-        self._file, self._decompressor = file, decompressor
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, into: Any) -> int:
-        data = b""
-        while not data and not self._decompressor.eof:
-            data = self._more(min(len(into), CHUNK))
-        into[: len(data)] = data
-        return len(data)
-
-    def rest(self) -> bytes:
-        """What follows the compressed data."""
-        return self._decompressor.unused_data or self._file.read(1)
-
-    def _more(self, size: int) -> bytes:
-        # zlib hands back what it has not used yet; the others keep it.
-        given = getattr(self._decompressor, "unconsumed_tail", b"")
-        if asks := not given and getattr(self._decompressor, "needs_input", True):
-            given = self._file.read(CHUNK)
-        try:
-            data = self._decompressor.decompress(given, size)
-        except (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError) as error:
-            raise MalformedCheckpoint(f"Its compression is damaged ({error}). Fetch it again.") from error
-        if asks and not given and not data and not self._decompressor.eof:
-            raise MalformedCheckpoint("Its compressed data is cut off: a download or copy that stopped early?")
-        return data

@@ -23,6 +23,9 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 
+# Endings of keys as files of TensorFlow's days have them, and what they are called now.
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
 # Fields whose other values would ask for another function than ours; the first is what an absent field means.
 FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),

@@ -17,7 +17,7 @@ from eqx_transformers import (
 
 from ..family import Family
 from ..rules import Ignore, Table, affine
-from ._encoder import FIXED, IRRELEVANT, encoder_table, facts, observe, output_table, probes
+from ._encoder import FIXED, IRRELEVANT, LEGACY, encoder_table, facts, observe, output_table, probes
 
 PREFIX, PREDICTIONS, PAIRS = "bert.", "cls.predictions", "cls.seq_relationship"
 
@@ -93,6 +93,6 @@ FAMILY = Family(
     irrelevant=IRRELEVANT,
     table=table,
     observe=observe(PREFIX, PREDICTIONS),
-    legacy={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    legacy=LEGACY,
     probes=probes(PREFIX, HEAD_PROBES),
 )

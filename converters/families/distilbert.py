@@ -15,7 +15,7 @@ from eqx_transformers import (
 from ..config import choice, fact, flag, optional, rate, size, whole
 from ..family import Family
 from ..rules import Ignore, Table, affine, rule
-from ._encoder import ACTIVATIONS, FIXED, IRRELEVANT, labels, linear_output, observe, ours
+from ._encoder import ACTIVATIONS, FIXED, IRRELEVANT, LEGACY, labels, linear_output, observe, ours
 
 PREFIX = "distilbert."
 
@@ -126,6 +126,6 @@ FAMILY = Family(
     irrelevant=IRRELEVANT | {"sinusoidal_pos_embds", "tie_weights_"},
     table=table,
     observe=observe(PREFIX),
-    legacy={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    legacy=LEGACY,
     probes=probes,
 )

@@ -17,7 +17,7 @@ from eqx_transformers import (
 from ..config import fact, rate, whole
 from ..family import Family
 from ..rules import Ignore, Table, affine
-from ._encoder import FIXED, IRRELEVANT, encoder_table, facts, linear_output, observe, ours, probes
+from ._encoder import FIXED, IRRELEVANT, LEGACY, encoder_table, facts, linear_output, observe, ours, probes
 
 PREFIX = "electra."
 
@@ -104,7 +104,7 @@ FAMILY = Family(
     irrelevant=IRRELEVANT,
     table=table,
     observe=observe(PREFIX),
-    legacy={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    legacy=LEGACY,
     probes=probes(
         PREFIX, HEAD_PROBES, (("embedding.norm", "embeddings"), ("embedding.projection", "embeddings_project"))
     ),

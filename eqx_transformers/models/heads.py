@@ -5,7 +5,7 @@ A head is called as its encoder is: `**inputs` are the keyword arguments of `Enc
 """
 
 from dataclasses import replace
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,78 +15,9 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
+from .head import Head, Ids, Input, Key, backbone_of, two
 from .head_parts import ClassificationHead, MaskedLMHead, Pooling
-from .roberta import ONE, Encoder, Pooler, as_part
-
-Ids = Integer[Array | np.ndarray, " seq"]
-Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
-Key = PRNGKeyArray | None
-H = TypeVar("H", bound="Head")
-
-
-class Head(eqx.Module):
-    """What all heads share: the encoder in `backbone`, the config of the whole, and the way onto an encoder."""
-
-    backbone: eqx.AbstractVar[Encoder]
-    config: eqx.AbstractVar[EncoderConfig]
-    takes_labels: ClassVar[bool] = False
-    draws: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls: type[H], encoder: Encoder, labels: int | None = None, *, key: Key = None) -> H:
-        """This head on `encoder`, its own parameters drawn from `key`.
-
-        `labels` says how many where the head has labels (one of a `SequenceClassifier`: a regression), and is None
-        where it has none. Raises a `ValueError` otherwise, and for an encoder that is a part of another model.
-        """
-        if not isinstance(encoder, Encoder):
-            raise ValueError(f"{cls.__name__}.of: expected an Encoder, but it is {type(encoder).__name__}.")
-        if encoder.config is None:
-            raise ValueError(
-                "This encoder is a part of another model, which has the config:"
-                " Head(replace(model.config, labels=…), encoder=model.backbone, key=key) puts another head on it."
-            )
-        if cls.takes_labels == (labels is None):
-            raise ValueError(f"labels = {labels}: " + ("say how many." if cls.takes_labels else "this head has none."))
-        if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
-            raise ValueError(f"labels = {labels!r}: say how many, as a whole number.")
-        if key is None and cls.draws:
-            raise ValueError(f"{cls.__name__} has parameters of its own to draw: pass key=jax.random.key(…).")
-        config = encoder.config if labels is None else replace(encoder.config, labels=labels)
-        return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
-
-    def hidden(self, token_ids: Ids, key: Key, inputs: dict[str, Input]) -> Float[Array, "seq embed_dim"]:
-        """The encoder's hidden states."""
-        with within("backbone"):
-            return self.backbone(token_ids, key=key, **inputs)
-
-    def scores(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, "seq vocab"]:
-        """What a language-model head makes of them: it may score against the token embedding."""
-        with within("head"):
-            return self.head(hidden, self.backbone.embedding.tokens)
-
-    def vector(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
-        """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
-        if self.backbone.pooler is None:
-            return hidden[0]
-        with within("backbone.pooler"):
-            return self.backbone.pooler(hidden)
-
-
-def _backbone(
-    config: EncoderConfig, encoder: Encoder | None, key: PRNGKeyArray, *, pooler: bool
-) -> tuple[EncoderConfig, Encoder]:
-    """The config of a model whose encoder has a pooler or none, and that encoder: `encoder`, or a new one."""
-    config = replace(config, pooler=pooler)
-    encoder = Encoder(config, key=key) if encoder is None else encoder
-    kept = encoder.pooler if pooler else None
-    if pooler and kept is None:
-        kept = Pooler(config, key=jax.random.fold_in(key, 1))
-    return config, as_part(encoder, kept, config.causal)
-
-
-def _two(key: Key) -> tuple[Key, Key]:
-    return (None, None) if key is None else tuple(jax.random.split(key))
+from .roberta import ONE, Encoder
 
 
 class MaskedLM(Head):
@@ -98,7 +29,7 @@ class MaskedLM(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
         self.head = MaskedLMHead(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
@@ -117,7 +48,7 @@ class CausalLM(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(replace(config, causal=True), encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(replace(config, causal=True), encoder, body, pooler=False)
         self.head = MaskedLMHead(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
@@ -141,7 +72,7 @@ class PreTraining(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head, pair = jax.random.split(key, 3)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=True)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=True)
         self.head = MaskedLMHead(config, key=head)
         self.next_sentence = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=pair)
 
@@ -162,7 +93,7 @@ class NextSentencePredictor(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=True)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=True)
         self.head = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "2"]:
@@ -181,7 +112,7 @@ class SequenceClassifier(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=config.classifier == "pooler")
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=config.classifier == "pooler")
         dense = config.classifier == "dense"
         rate = config.rate("classifier_dropout")
         self.head = ClassificationHead(
@@ -195,7 +126,7 @@ class SequenceClassifier(Head):
         )
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, " labels"]:
-        body, head = _two(key)
+        body, head = two(key)
         vector = self.vector(self.hidden(token_ids, body, inputs))
         with within("head"):
             return self.head(vector, key=head)
@@ -211,12 +142,12 @@ class TokenClassifier(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
         rate, init = config.rate("token_dropout"), config.initializer
         self.head = ClassificationHead(config.embed_dim, config.labels, rate=rate, init=init, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq labels"]:
-        body, head = _two(key)
+        body, head = two(key)
         hidden = self.hidden(token_ids, body, inputs)
         with within("head"):
             return self.head(hidden, key=head)
@@ -232,12 +163,12 @@ class QuestionAnswerer(Head):
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
         # The reference counts start and end as its two labels.
-        self.config, self.backbone = _backbone(replace(config, labels=2), encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(replace(config, labels=2), encoder, body, pooler=False)
         rate, init = config.rate("answer_dropout"), config.initializer
         self.head = ClassificationHead(config.embed_dim, 2, rate=rate, init=init, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq 2"]:
-        body, head = _two(key)
+        body, head = two(key)
         hidden = self.hidden(token_ids, body, inputs)
         with within("head"):
             return self.head(hidden, key=head)
@@ -256,7 +187,7 @@ class MultipleChoice(Head):
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
         dense = config.choice == "dense"
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=not dense)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=not dense)
         self.head = ClassificationHead(
             config.embed_dim,
             1,
@@ -280,7 +211,7 @@ class MultipleChoice(Head):
 
     def score(self, token_ids: Ids, inputs: dict[str, Input], key: Key) -> Float[Array, ""]:
         """The logit of one choice."""
-        body, head = _two(key)
+        body, head = two(key)
         vector = self.vector(self.hidden(token_ids, body, inputs))
         with within("head"):
             return self.head(vector, key=head)[0]
@@ -295,7 +226,7 @@ class Discriminator(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = _backbone(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
         init = config.initializer
         self.head = ClassificationHead(config.embed_dim, 1, activation=config.activation, init=init, key=head)
 
@@ -314,7 +245,7 @@ class SentenceEmbedder(Head):
     draws: ClassVar[bool] = False
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
-        self.config, self.backbone = _backbone(config, encoder, key, pooler=config.pooler)
+        self.config, self.backbone = backbone_of(config, encoder, key, pooler=config.pooler)
         self.pooling = Pooling(config.pooling, config.normalize)
 
     def __call__(

@@ -1,0 +1,84 @@
+"""What all heads share: an encoder below, the config of the whole, and the way onto an encoder that is there."""
+
+from dataclasses import replace
+from typing import ClassVar, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+
+from ..nn._errors import within
+from .encoder_config import EncoderConfig
+from .roberta import Encoder, Pooler, as_part
+
+Ids = Integer[Array | np.ndarray, " seq"]
+Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
+Key = PRNGKeyArray | None
+H = TypeVar("H", bound="Head")
+
+
+class Head(eqx.Module):
+    """What all heads share: the encoder in `backbone`, the config of the whole, and the way onto an encoder."""
+
+    backbone: eqx.AbstractVar[Encoder]
+    config: eqx.AbstractVar[EncoderConfig]
+    takes_labels: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls: type[H], encoder: Encoder, labels: int | None = None, *, key: Key = None) -> H:
+        """This head on `encoder`, its own parameters drawn from `key`.
+
+        `labels` says how many where the head has labels (one of a `SequenceClassifier`: a regression), and is None
+        where it has none. Raises a `ValueError` otherwise, and for an encoder that is a part of another model.
+        """
+        if not isinstance(encoder, Encoder):
+            raise ValueError(f"{cls.__name__}.of: expected an Encoder, but it is {type(encoder).__name__}.")
+        if encoder.config is None:
+            raise ValueError(
+                "This encoder is a part of another model, which has the config:"
+                " Head(replace(model.config, labels=…), encoder=model.backbone, key=key) puts another head on it."
+            )
+        if cls.takes_labels == (labels is None):
+            raise ValueError(f"labels = {labels}: " + ("say how many." if cls.takes_labels else "this head has none."))
+        if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int)):
+            raise ValueError(f"labels = {labels!r}: say how many, as a whole number.")
+        if key is None and cls.draws:
+            raise ValueError(f"{cls.__name__} has parameters of its own to draw: pass key=jax.random.key(…).")
+        config = encoder.config if labels is None else replace(encoder.config, labels=labels)
+        return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
+
+    def hidden(self, token_ids: Ids, key: Key, inputs: dict[str, Input]) -> Float[Array, "seq embed_dim"]:
+        """The encoder's hidden states."""
+        with within("backbone"):
+            return self.backbone(token_ids, key=key, **inputs)
+
+    def scores(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, "seq vocab"]:
+        """What a language-model head makes of them: it may score against the token embedding."""
+        with within("head"):
+            return self.head(hidden, self.backbone.embedding.tokens)
+
+    def vector(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
+        """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
+        if self.backbone.pooler is None:
+            return hidden[0]
+        with within("backbone.pooler"):
+            return self.backbone.pooler(hidden)
+
+
+def backbone_of(
+    config: EncoderConfig, encoder: Encoder | None, key: PRNGKeyArray, *, pooler: bool
+) -> tuple[EncoderConfig, Encoder]:
+    """The config of a model whose encoder has a pooler or none, and that encoder: `encoder`, or a new one."""
+    config = replace(config, pooler=pooler)
+    encoder = Encoder(config, key=key) if encoder is None else encoder
+    kept = encoder.pooler if pooler else None
+    if pooler and kept is None:
+        kept = Pooler(config, key=jax.random.fold_in(key, 1))
+    return config, as_part(encoder, kept, config.causal)
+
+
+def two(key: Key) -> tuple[Key, Key]:
+    """A key for the encoder and one for what stands on it; none of none."""
+    return (None, None) if key is None else tuple(jax.random.split(key))
