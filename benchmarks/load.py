@@ -1,10 +1,10 @@
 """How fast is a checkpoint loaded, and with how much memory, against other readers of the same file?
 
-`python -m benchmarks.load` writes a RoBERTa checkpoint of about 500 MB with random weights and loads it by each reader
-in a process of its own, in turns, with the file in the page cache. Seconds are those from the start of the load until
-every array is there: imports and the start of the backend are before it. `np.fromfile` of the whole file into fresh
-memory is the yardstick. Peak anonymous memory (RssAnon, sampled every millisecond, less what was there before) is
-taken in processes of its own too, so that sampling disturbs no time.
+`python -m benchmarks.load` writes a RoBERTa checkpoint of about 500 MB with random weights in every container, and loads
+each by every reader of it in a process of its own, in turns, with the file in the page cache. Seconds are those from the
+start of the load until every array is there: imports and the start of the backend are before it. `np.fromfile` of the
+whole file into fresh memory is the yardstick. Peak anonymous memory (RssAnon, sampled every millisecond, less what was
+there before) is taken in processes of its own too, so that sampling disturbs no time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 from .timing import machine, table
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = {"safetensors": "model.safetensors", "torch": "pytorch_model.bin", "flax": "flax_model.msgpack"}
 SPEED, MEMORY = 0.60, 1.15  # promised: of fromfile's speed, of the model's bytes
 
 
@@ -30,24 +30,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A checkpoint of 500 MB loaded by several readers.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=6, help="of RoBERTa-large's, 50 MB each, beside 206 MB")
-    parser.add_argument("--child", nargs=3, metavar=("READER", "DIRECTORY", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(WEIGHTS), help="this container alone")
+    parser.add_argument(
+        "--child", nargs=4, metavar=("CONTAINER", "READER", "DIRECTORY", "WHAT"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(*args.child)))
         return
+    print(f"{machine()}, {versions()}")
+    for container in [args.only] if args.only else WEIGHTS:
+        compare(container, args.rounds, args.layers)
+
+
+def compare(container: str, rounds: int, layers: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        size = write(Path(directory), args.layers)
-        seconds = {name: [] for name in READERS}
-        for i in range(args.rounds + 1):
-            for name in READERS:
-                spent = measure(name, directory, "seconds")
+        run("write", container, directory, str(layers))
+        size = (Path(directory) / WEIGHTS[container]).stat().st_size
+        names = list(READERS[container])
+        seconds = {name: [] for name in names}
+        for i in range(rounds + 1):
+            for name in names:
+                spent = run(container, name, directory, "seconds")
                 seconds[name] += [spent] if i else []  # the first round fills the page cache
-        memory = {name: [measure(name, directory, "memory") for _ in range(2)] for name in READERS}
-    report(size, seconds, memory)
+        memory = {name: [run(container, name, directory, "memory") for _ in range(2)] for name in names}
+    report(WEIGHTS[container], size, seconds, memory)
 
 
-def report(size: int, seconds: dict[str, list[Any]], memory: dict[str, list[Any]]) -> None:
-    print(f"{WEIGHTS}: {size / 1e6:.0f} MB; {machine()}, {versions()}")
+def report(title: str, size: int, seconds: dict[str, list[Any]], memory: dict[str, list[Any]]) -> None:
+    print(f"\n{title}: {size / 1e6:.0f} MB")
     failed = {name: spent[0] for name, spent in seconds.items() if isinstance(spent[0], str)}
     median = {name: statistics.median(spent) for name, spent in seconds.items() if name not in failed}
     anonymous = {name: statistics.median(memory[name]) / size for name in median}
@@ -67,30 +78,21 @@ def report(size: int, seconds: dict[str, list[Any]], memory: dict[str, list[Any]
     print(f"{verdict(anonymous['ours'] <= MEMORY)}: ours takes {anonymous['ours']:.2f} of the bytes (<= {MEMORY:.2f})")
 
 
-def write(directory: Path, layers: int) -> int:
-    """A Hugging Face directory of RoBERTa-large's widths; the size of its weights."""
-    import jax
-
-    import converters
-    from eqx_transformers import ROBERTA, Encoder
-
-    config = dataclasses.replace(ROBERTA, embed_dim=1024, num_heads=16, mlp_dim=4096, num_layers=layers)
-    converters.export(Encoder(config, key=jax.random.key(0)), directory)
-    return (directory / WEIGHTS).stat().st_size
-
-
-def measure(reader: str, directory: str, what: str) -> Any:
+def run(*what: str) -> Any:
     """What a fresh process says: seconds, bytes, or why it could not run."""
-    command = [sys.executable, "-m", "benchmarks.load", "--child", reader, directory, what]
+    command = [sys.executable, "-m", "benchmarks.load", "--child", *what]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(reader: str, directory: str, what: str) -> float:
-    load = READERS[reader](Path(directory))
-    touch(2 * (Path(directory) / WEIGHTS).stat().st_size)
+def child(container: str, reader: str, directory: str, what: str) -> float | None:
+    if container == "write":
+        return write(reader, Path(directory), int(what))
+    path = Path(directory) / WEIGHTS[container]
+    load = READERS[container][reader](path)
+    touch(2 * path.stat().st_size)
     if what == "seconds":
         begin = time.perf_counter()
         kept = load()
@@ -130,48 +132,109 @@ def rss_anon() -> int:
 Load = Callable[[], Any]  # what it returns is kept until the clock has stopped
 
 
-def fromfile(directory: Path) -> Load:
+def write(container: str, directory: Path, layers: int) -> None:
+    """A directory of RoBERTa-large's widths, its weights in this container."""
+    import jax
+    from safetensors.numpy import load_file
+
+    import converters
+    from eqx_transformers import ROBERTA, Encoder
+
+    config = dataclasses.replace(ROBERTA, embed_dim=1024, num_heads=16, mlp_dim=4096, num_layers=layers)
+    converters.export(Encoder(config, key=jax.random.key(0)), directory)
+    if container == "safetensors":
+        return
+    held = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    if container == "torch":
+        import torch
+
+        torch.save({key: torch.from_numpy(x) for key, x in held.items()}, directory / WEIGHTS[container])
+    else:
+        write_flax(directory / WEIGHTS[container], held)
+
+
+def write_flax(path: Path, held: dict[str, Any]) -> None:
+    """As flax.serialization does: maps of maps, and arrays as an extension that holds shape, dtype and bytes."""
+    text = lambda s: b"\xd9" + bytes([len(s)]) + s.encode()
+    many = lambda n: n.to_bytes(4, "big")
+
+    def array(x: Any) -> bytes:
+        shape = bytes([0x90 + x.ndim]) + b"".join(b"\xce" + many(n) for n in x.shape)
+        held = b"\x93" + shape + text(x.dtype.name) + b"\xc6" + many(x.nbytes) + x.tobytes()
+        return b"\xc9" + many(len(held)) + b"\x01" + held
+
+    def put(tree: dict[str, Any]) -> None:
+        file.write(b"\xdf" + many(len(tree)))
+        for name, value in tree.items():
+            file.write(text(name))
+            put(value) if isinstance(value, dict) else file.write(array(value))
+
+    tree: dict[str, Any] = {}
+    for key, x in held.items():
+        *modules, last = key.split(".")
+        if last == "weight":
+            last = "embedding" if "_embeddings" in modules[-1] else "kernel" if x.ndim == 2 else "scale"
+        inner = tree
+        for name in modules:
+            inner = inner.setdefault(name, {})
+        inner[last] = x.T if last == "kernel" else x
+    with open(path, "wb") as file:
+        put(tree)
+
+
+Load = Callable[[], Any]  # what it returns is kept until the clock has stopped
+
+
+def fromfile(path: Path) -> Load:
     import numpy as np
 
-    return lambda: np.fromfile(directory / WEIGHTS, np.uint8)
+    return lambda: np.fromfile(path, np.uint8)
 
 
-def ours(directory: Path) -> Load:
+def ours(path: Path) -> Load:
     import equinox as eqx
 
     import converters
 
     jax = started_jax()
-    return lambda: jax.block_until_ready(eqx.filter(converters.load(directory)[0], eqx.is_array))
+    return lambda: jax.block_until_ready(eqx.filter(converters.load(path.parent)[0], eqx.is_array))
 
 
-def safetensors_flax(directory: Path) -> Load:
+def safetensors_flax(path: Path) -> Load:
     from safetensors.flax import load_file
 
     jax = started_jax()
-    return lambda: jax.block_until_ready(load_file(directory / WEIGHTS))
+    return lambda: jax.block_until_ready(load_file(path))
 
 
-def safetensors_torch(directory: Path) -> Load:
+def safetensors_torch(path: Path) -> Load:
     from safetensors.torch import load_file
 
     started_torch()
-    return lambda: load_file(directory / WEIGHTS)
+    return lambda: load_file(path)
 
 
-def safetensors_torch_owned(directory: Path) -> Load:
+def safetensors_torch_owned(path: Path) -> Load:
     """The one above maps the file and reads nothing until a tensor is used; here each gets memory of its own."""
-    load = safetensors_torch(directory)
+    load = safetensors_torch(path)
     return lambda: {name: x.clone() for name, x in load().items()}
 
 
-def transformers_torch(directory: Path) -> Load:
+def torch_load(path: Path) -> Load:
+    import torch
+
+    started_torch()
+    return lambda: torch.load(path, weights_only=True)
+
+
+def transformers_torch(path: Path) -> Load:
     import transformers
 
     started_torch()
     transformers.logging.disable_progress_bar()
     read = transformers.RobertaModel.from_pretrained  # the attribute imports the model's file
-    return lambda: read(directory)
+    return lambda: read(path.parent)
 
 
 def started_jax() -> Any:
@@ -194,13 +257,18 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("safetensors", "torch", "transformers"))
 
 
-READERS: dict[str, Callable[[Path], Load]] = {
-    "fromfile": fromfile,
-    "ours": ours,
-    "safetensors.flax": safetensors_flax,
-    "safetensors.torch": safetensors_torch,
-    "safetensors.torch, cloned": safetensors_torch_owned,
-    "transformers": transformers_torch,
+READERS: dict[str, dict[str, Callable[[Path], Load]]] = {
+    "safetensors": {
+        "fromfile": fromfile,
+        "ours": ours,
+        "safetensors.flax": safetensors_flax,
+        "safetensors.torch": safetensors_torch,
+        "safetensors.torch, cloned": safetensors_torch_owned,
+        "transformers": transformers_torch,
+    },
+    "torch": {"fromfile": fromfile, "ours": ours, "torch.load": torch_load, "transformers": transformers_torch},
+    # Of the peers only flax itself reads it, from a copy in memory; there is no flax for today's transformers.
+    "flax": {"fromfile": fromfile, "ours": ours},
 }
 
 

@@ -6,11 +6,15 @@ from .errors import (
     ConversionError as ConversionError,
     MalformedCheckpoint as MalformedCheckpoint,
     Mismatch as Mismatch,
+    NotPushed as NotPushed,
     SourceNotFound as SourceNotFound,
     UnsafeCheckpoint as UnsafeCheckpoint,
     UnsupportedConfig as UnsupportedConfig,
 )
 from .export import export as export
+from .listing import listing as listing
 from .origin import Origin as Origin
+from .push import push as push
 from .report import Report as Report
+from .scan import Scan as Scan, scan as scan
 from .verify import Verification as Verification, verify as verify

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from eqx_transformers import tensor_file
 from eqx_transformers.tensor_file import DamagedFile, Spec
 
 from . import convert
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
 from .families import FORMATS
+from .files import read_json
+from .filling import Form, expected_memory, filled
 from .joblib_reader import open_joblib
 from .origin import Origin
 from .plan import Plan, Request
@@ -34,6 +37,7 @@ def from_arrays(
     strict: bool = True,
     allow_missing: Collection[str] = (),
     allow_unexpected: Collection[str] = (),
+    allow_overflow: bool = False,
     key: PRNGKeyArray | None = None,
     announce: Callable[[Report], None] | None = None,
     source: str | None = None,
@@ -60,7 +64,7 @@ def from_arrays(
     plan, checkpoint = _planned(
         format, tensors, config, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected)
     )
-    model = convert.filled(plan, checkpoint, dtype, key, announce)
+    model = filled(plan, checkpoint, Form(dtype, allow_overflow), key, announce)
     return model, convert.origin_of(source or format, None, checkpoint, plan, labels)
 
 
@@ -72,10 +76,12 @@ def inspect_arrays(
     head: type | None = None,
     labels: int | Sequence[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
     strict: bool = True,
 ) -> Report:
     """What `from_arrays` would do; nothing is raised for a report that is not clean."""
-    return _planned(format, tensors, config, Request(head, labels, override, strict=strict))[0].report
+    plan, checkpoint = _planned(format, tensors, config, Request(head, labels, override, strict=strict))
+    return replace(plan.report, memory=expected_memory(plan, checkpoint, Form(dtype)))
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

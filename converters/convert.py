@@ -3,33 +3,25 @@
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.tree_util import tree_map_with_path
+from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
-from eqx_transformers import serialisation, stack
-from eqx_transformers.skeletons import stacked_paths
-from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
+from eqx_transformers import serialisation
 
-from . import hub
+from . import hub, hub_headers
 from .checkpoint import Checkpoint, open_directory
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
+from .filling import Form, Progress, expected_memory, filled
 from .origin import Origin
 from .plan import Plan, Request, make_plan, ties_in
-from .report import Report, expect_ok
+from .report import Report
+from .sharded import Place
 
 Source = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
-
-# Handing an array to the device costs a third of a millisecond, however small: they go in heaps of these many bytes.
-AT_ONCE = 64 * 2**20
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def load(
@@ -47,6 +39,8 @@ def load(
     subfolder: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    sharding: Sharding | Place | None = None,
+    allow_overflow: bool = False,
     key: PRNGKeyArray | None = None,
     announce: Callable[[Report], None] | None = None,
     progress: Progress | None = None,
@@ -57,22 +51,25 @@ def load(
       drawn from `key` and reported as new, the file's unused head as dropped.
     - `labels`: how many, or their names; if the file's classifier has another number, its output layer is drawn anew.
     - `override` changes facts by our names (`{"dropout": 0.0}`); `stacked` stacks the blocks.
-    - `dtype`: "auto" keeps each tensor's own; "float32", "bfloat16", "float16" cast once.
+    - `dtype`: "auto" keeps each tensor's own; "float32", "bfloat16", "float16" cast once. Numbers beyond the dtype's
+      range raise, with the tensors' names, unless `allow_overflow` lets them become infinite.
     - `strict`: anything missing, unexpected or of another shape raises a `Mismatch` with the whole report; unknown
       fields of config.json raise too. `allow_missing` are globs of tree paths (then drawn from `key`),
       `allow_unexpected` globs of the checkpoint's keys.
+    - `sharding`: where the arrays are to lie, a `jax.sharding.Sharding` for all or a function of (path, shape and
+      dtype) that gives one. Of each tensor only the parts that this process's devices hold are read.
     - `revision`, `subfolder`, `token`, `local_files_only`: for a hub id, as in huggingface_hub.
     - `announce` is called with the report before a tensor is read, `progress(done, total)` with bytes while they are.
 
     Every loaded array has memory of its own: none aliases a file. Raises `ConversionError`s; see `converters.errors`.
     """
-    _expect_dtype(dtype)
+    form = Form(dtype, allow_overflow, sharding)
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     if serialisation.is_native(directory):
-        return _native(directory, head, labels, override, stacked, dtype)
+        return _native(directory, head, labels, override, stacked, form)
     checkpoint = open_directory(directory)
     plan = settled(checkpoint, Request(head, labels, override, stacked, strict, allow_missing, allow_unexpected))
-    model = filled(plan, checkpoint, dtype, key, announce, progress)
+    model = filled(plan, checkpoint, form, key, announce, progress)
     return model, origin_of(source, revision, checkpoint, plan, labels)
 
 
@@ -82,22 +79,30 @@ def inspect(
     head: type | None = None,
     labels: int | Sequence[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
     strict: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Report:
-    """What `load` would do, from headers alone: nothing is raised for a report that is not clean."""
-    directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
+    """What `load` would do, from headers alone: nothing is raised for a report that is not clean.
+
+    `str(report)` is its summary, `converters.listing(report)` a line for every tensor.
+    """
+    form = Form(dtype)
+    options = {"revision": revision, "subfolder": subfolder, "token": token, "local_files_only": local_files_only}
+    directory = locate(source, fetch=hub_headers.fetch_headers, **options)
     if serialisation.is_native(directory):
         raise ConversionError(
             f"{directory} is in the native format: there is nothing to convert; converters.load loads it."
         )
-    return make_plan(open_directory(directory), Request(head, labels, override, strict=strict)).report
+    checkpoint = open_directory(directory)
+    plan = make_plan(checkpoint, Request(head, labels, override, strict=strict))
+    return replace(plan.report, memory=expected_memory(plan, checkpoint, form))
 
 
-def locate(source: Source, **options: Any) -> Path:
+def locate(source: Source, *, fetch: Callable[..., Path] = hub.fetch, **options: Any) -> Path:
     """The local directory of a source: itself, or what is fetched from the hub.
 
     Raises a `SourceNotFound` for what is neither a directory nor looks like a hub id, or is not on the hub.
@@ -116,7 +121,7 @@ def locate(source: Source, **options: Any) -> Path:
             f"There is no directory {os.fspath(source)!r}, and that is not a hub id (NAME or OWNER/NAME)."
         )
     try:
-        return hub.fetch(source, **options)
+        return fetch(source, **options)
     except SourceNotFound as error:
         raise SourceNotFound(f"There is no directory {source!r} here, so it was taken for a hub id. {error}") from error
 
@@ -130,7 +135,7 @@ def settled(checkpoint: Checkpoint, request: Request, **options: Any) -> Plan:
     unequal = [] if not plan.report.ok else [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
     if not unequal:
         return plan
-    if any(alias.endswith(".weight") for alias, _ in unequal):
+    if any(alias.endswith((".weight", "/kernel")) for alias, _ in unequal):
         plan = make_plan(checkpoint, request, untied=True, **options)
         unequal = [(a, b) for a, b in ties_in(plan) if not _equal(checkpoint, a, b)]
     if unequal:
@@ -146,99 +151,12 @@ def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
-def _expect_dtype(dtype: str) -> None:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConversionError(f"dtype = {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
-
-
-def filled(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    dtype: str,
-    key: PRNGKeyArray | None,
-    announce: Callable[[Report], None] | None = None,
-    progress: Progress | None = None,
-) -> Any:
-    """The model of a plan, if its report is clean; the last steps of every way in."""
-    _expect_dtype(dtype)
-    expect_ok(plan.report)
-    _expect_kept(plan, checkpoint, dtype)
-    if announce is not None:
-        announce(plan.report)
-    return _fill(plan, checkpoint, dtype, key, progress)
-
-
-def _fill(
-    plan: Plan, checkpoint: Checkpoint, dtype: str, key: PRNGKeyArray | None, progress: Progress | None = None
-) -> Any:
-    """The skeleton with every array read, one tensor at a time, or drawn from `key`."""
-    arrays = _drawn(plan, key, dtype)
-    total = sum(checkpoint.size(plan.names[k]) for link in plan.links for k in link.keys)
-    done, waiting = 0, {}
-    for i, link in enumerate(plan.links, start=1):
-        leaves = link.read(lambda k: _cast(checkpoint.get(plan.names[k]), dtype))
-        waiting |= {path: _owned(x) for path, x in leaves.items()}
-        done += sum(checkpoint.size(plan.names[k]) for k in link.keys)
-        if i == len(plan.links) or sum(x.nbytes for x in waiting.values()) >= AT_ONCE:
-            arrays |= jax.device_put(waiting)
-            waiting = {}
-        if progress is not None:
-            progress(done, total)
-    return tree_map_with_path(lambda path, leaf: arrays[spell(path)] if is_array_like(leaf) else leaf, plan.skeleton)
-
-
-def _owned(x: np.ndarray) -> np.ndarray:
-    # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive, and strides cost.
-    return x if x.base is None or (x.flags.c_contiguous and x.nbytes + 64 >= _root(x).nbytes) else np.array(x)
-
-
-def _root(x: np.ndarray) -> np.ndarray:
-    while isinstance(x.base, np.ndarray):
-        x = x.base
-    return x
-
-
-def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "auto":
-        return x.astype(DTYPES[dtype], copy=False)
-    return x
-
-
-def _expect_kept(plan: Plan, checkpoint: Checkpoint, dtype: str) -> None:
-    """Nothing would be narrowed that was not asked to be; known before a tensor is read."""
-    for key in (plan.names[key] for link in plan.links for key in link.keys):
-        own = checkpoint.specs[key].numpy_dtype
-        if dtype == "auto" and jax.dtypes.canonicalize_dtype(own) != own:
-            raise ConversionError(
-                f"{key} is {own}, which JAX would narrow to {jax.dtypes.canonicalize_dtype(own)} without a word:"
-                " ask for it with dtype='float32' (--dtype float32), or set jax_enable_x64."
-            )
-
-
-def _drawn(plan: Plan, key: PRNGKeyArray | None, dtype: str) -> dict[str, Any]:
-    new = plan.report.new
-    if not new:
-        return {}
-    if key is None:
+def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: bool, form: Form) -> tuple[Any, Origin]:
+    if (head, labels, override, form.dtype, form.sharding) != (None, None, None, "auto", None) or stacked:
         raise ConversionError(
-            f"{', '.join(new)}: not in the file, so drawn at random, which needs key=jax.random.key(…)."
-        )
-
-    @eqx.filter_jit
-    def draw(key: PRNGKeyArray) -> dict[str, Any]:  # jitted: what is not returned is never computed
-        model = plan.model_class(plan.config, key=key)
-        leaves = leaves_by_path(stack(model) if stacked_paths(plan.skeleton) else model)
-        return {path: leaves[path] for path in new}
-
-    drawn = draw(key)
-    return drawn if dtype == "auto" else {path: x.astype(DTYPES[dtype]) for path, x in drawn.items()}
-
-
-def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: bool, dtype: str) -> tuple[Any, Origin]:
-    if (head, labels, override, dtype) != (None, None, None, "auto") or stacked:
-        raise ConversionError(
-            f"{directory} is in the native format and is loaded as it was saved; head, labels, override, dtype and"
-            " stacked are for checkpoints. Use Head.of(…), reconfigure(…) or stack(…) on the loaded model."
+            f"{directory} is in the native format and is loaded as it was saved; head, labels, override, dtype, stacked"
+            " and sharding are for checkpoints. Use Head.of(…), reconfigure(…), stack(…) or jax.device_put on the"
+            " loaded model."
         )
     try:
         model, extras = serialisation.load(directory)

@@ -26,6 +26,10 @@ class UnsafeCheckpoint(ConversionError):
     """A file would do something other than hold tensors, or points outside its directory."""
 
 
+class NotPushed(ConversionError):
+    """The hub did not take a model: no login, no right to write, no such namespace or branch, or no connection."""
+
+
 class Mismatch(ConversionError):
     """The tensors of the file are not those of the model. `report` says all of it; the message shows it."""
 

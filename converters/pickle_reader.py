@@ -56,6 +56,7 @@ def read(
     built: Callable[[Any, Any], Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
     advice: str = "",
+    steps: "Mapping[str, Callable[[_Machine, Any], object]] | None" = None,
 ) -> Any:
     """The value of the pickle that starts where `stream` stands; the stream is left after its STOP.
 
@@ -66,6 +67,7 @@ def read(
       from `stream`, which then stands right after the opcode.
     - `persistent(id)` gives the value of a persistent id (PERSID, BINPERSID).
     - `advice` ends the message of a refusal: what is read, and what to do.
+    - `steps` is what each opcode does, `STEPS` if not given; an opcode that is not in it is refused.
 
     Keys of dictionaries are strings, each once; sets, buffers and extension codes are refused.
 
@@ -73,7 +75,7 @@ def read(
     not a whole pickle or goes beyond the bounds above. No other exception leaves, unless a handler raises one that is
     not in `FAULTS`.
     """
-    machine = _Machine(build, built, persistent, advice)
+    machine = _Machine(build, built, persistent, advice, STEPS if steps is None else steps)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], _Bounded(stream)))):
             if count == MAX_OPCODES:
@@ -117,17 +119,17 @@ class _Machine:
         built: Callable[[Any, Any], Any] | None,
         persistent: Callable[[Any], Any] | None,
         advice: str,
+        steps: "Mapping[str, Callable[[_Machine, Any], object]]",
     ):
         self.build, self.built, self.persistent, self.advice = build, built, persistent, advice
+        self.steps = steps
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
-        if opcode in PUSHED:
-            self.stack.append(argument)
-        elif opcode in STEPS:
-            STEPS[opcode](self, argument)
+        if opcode in self.steps:
+            self.steps[opcode](self, argument)
         else:
             what = f"{opcode} of {_short(argument)}" if isinstance(argument, str) else opcode
             raise self.refusal(f"uses the opcode {what}")
@@ -217,7 +219,7 @@ def _extend(values: list[Any], target: Any) -> None:
 
 def _update(values: list[Any], target: Any) -> dict[str, Any]:
     """`values` are key, value, key, value."""
-    if type(target) is not dict or len(values) % 2:
+    if not isinstance(target, dict) or len(values) % 2:
         raise _malformed(f"it sets items of {_kind(target)} from {len(values)} values")
     for key, value in zip(values[::2], values[1::2], strict=True):
         # The hash of a deeply nested tuple overflows C's stack, and integers can be chosen to collide.
@@ -261,6 +263,7 @@ PUSHED |= {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "STRING",
 PUSHED |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
 
 STEPS: dict[str, Callable[[_Machine, Any], object]] = {
+    **dict.fromkeys(PUSHED, lambda m, value: m.stack.append(value)),
     "PROTO": _start,
     "FRAME": lambda m, size: None,  # read on as if frames were not there: pickletools takes single bytes
     "STOP": lambda m, _: None,

@@ -11,14 +11,15 @@ from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
 from eqx_transformers.tensor_file import Spec
 
-from . import config as configs, sentence
+from . import config as configs, flax_names, sentence
 from .checkpoint import Checkpoint
 from .errors import ConversionError, MalformedCheckpoint, UnsupportedConfig
+from .examine import examine
 from .families import FAMILIES
 from .family import Family
-from .report import Report, examine
+from .report import Report
 from .rules import Ignore, Link, Table, Tie, expand
-from .spelling import is_bare
+from .spelling import Spelling, is_bare
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "head.output."  # the layer whose size is the number of labels
@@ -79,11 +80,11 @@ def make_plan(
     """
     fields_ = configs.modern(checkpoint.config)
     family = _family(fields_) if family is None else family
-    spelling = family.spell(checkpoint.specs, family)
+    spelling = _spelling(checkpoint, family)
     names = spelling.names(checkpoint.specs)
     dressed = _dressed(checkpoint.directory, family, request.head)
     architecture = _architecture(fields_, family, names, checkpoint)
-    bare = bool(family.roots) and is_bare(checkpoint.specs, family)
+    bare = bool(family.roots) and is_bare(_keys(checkpoint), family)
     model_class = _model_class(family, architecture, dressed, bare, request.head)
     stated = configs.read(
         fields_, family.facts, fixed=family.fixed, irrelevant=family.irrelevant, lenient=not request.strict
@@ -109,11 +110,29 @@ def make_plan(
         allow_unexpected=request.allow_unexpected if request.strict else ("*",),
         architecture=architecture,
         model=model_class.__name__,
-        notes=(*notes, *_notes(untied, architecture, bare and not family.is_bare(model_class) and not request.head)),
+        config=config,
+        notes=(
+            *checkpoint.notes,
+            *notes,
+            *([flax_names.NOTE] if checkpoint.container == "flax" else []),
+            *_dtype_note(fields_, checkpoint.specs),
+            *_notes(untied, architecture, bare and not family.is_bare(model_class) and not request.head),
+        ),
     )
     plan = Plan(family, architecture, model_class, config, built, names, kept, table, report)
     _expect_floats(plan, checkpoint.specs)
     return plan
+
+
+def _spelling(checkpoint: Checkpoint, family: Family) -> Spelling:
+    if checkpoint.container == "flax":
+        return flax_names.Flax.of(checkpoint.specs, family)
+    return family.spell(checkpoint.specs, family)
+
+
+def _keys(checkpoint: Checkpoint) -> Collection[str]:
+    """The file's keys, with dots between their steps."""
+    return [*map(flax_names.dotted, checkpoint.specs)] if checkpoint.container == "flax" else checkpoint.specs
 
 
 def ties_in(plan: Plan) -> list[tuple[str, str]]:
@@ -152,7 +171,7 @@ def _architecture(fields_: Mapping[str, Any], family: Family, names: Collection[
     if family.recognise is not None:
         return family.recognise(names)
     unnamed = "an architecture that config.json does not name"
-    return next(iter(family.architectures)) if is_bare(checkpoint.specs, family) else unnamed
+    return next(iter(family.architectures)) if is_bare(_keys(checkpoint), family) else unnamed
 
 
 def _model_class(family: Family, architecture: str, dressed: Any, bare: bool, head: type | None) -> type:
@@ -286,6 +305,20 @@ def _with_surplus(table: Table, read: Sequence[Link], drawn: Sequence[Link]) -> 
     others = [one for one in table if not (isinstance(one, Ignore) and one.parameter and any(map(one.matches, own)))]
     replaced = [Ignore(key, "its array is drawn from the key instead", parameter=True) for k in drawn for key in k.keys]
     return (*others, *replaced)
+
+
+# In config.json's words: the dtypes that a model is usually held in.
+WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+def _dtype_note(fields_: Mapping[str, Any], specs: Mapping[str, Spec]) -> tuple[str, ...]:
+    said = fields_.get("dtype")
+    found = sorted({s.dtype for s in specs.values() if s.dtype in FLOATS})
+    if not isinstance(said, str) or WORDS.get(said, found[0]) in found or not found:
+        return ()
+    return (
+        f"config.json says {said}, the tensors are {', '.join(found)}: they keep their own unless dtype= says more",
+    )
 
 
 def _notes(untied: bool, architecture: str, headless: bool) -> tuple[str, ...]:

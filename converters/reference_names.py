@@ -10,6 +10,7 @@ import numpy as np
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
 
 from .families import FAMILIES
+from .ops import SAME
 from .rules import Link, Tie, expand
 
 
@@ -24,15 +25,22 @@ def tensors(model: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str]
     Works for anything with the model's structure, such as its gradients.
     """
     named, leaves = _named(model), leaves_by_path(model)
-    zeros = lambda path: jnp.zeros(leaves[path].shape, leaves[path].dtype)
-    links = {id(link): link for link, _ in named.values()}
-    specs = {number: jax.eval_shape(lambda link=link: link.write(zeros)) for number, link in links.items()}
+    specs = {number: _specs(link, leaves) for number, link in {id(link): link for link, _ in named.values()}.items()}
 
     def get(name: str) -> np.ndarray:
         link, key = named[name]
         return np.asarray(link.write(lambda path: np.asarray(leaves[path]))[key])
 
     return {name: specs[id(link)][key] for name, (link, key) in named.items()}, get
+
+
+def _specs(link: Link, leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tensors that a link writes."""
+    if link.op is SAME:  # most rules: nothing to trace
+        leaf = leaves[link.ours[0]]
+        return {key: jax.ShapeDtypeStruct(leaf.shape[len(link.sizes) :], leaf.dtype) for key in link.keys}
+    zeros = lambda path: jnp.zeros(leaves[path].shape, leaves[path].dtype)
+    return jax.eval_shape(lambda: link.write(zeros))
 
 
 def _named(model: Any) -> dict[str, tuple[Link, str]]:

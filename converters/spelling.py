@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from .family import Family
 
 
+@runtime_checkable
 class Spelling(Protocol):
     """One file's way of naming tensors."""
 
@@ -22,8 +23,11 @@ class Spelling(Protocol):
 
 def is_bare(keys: Collection[str], family: "Family") -> bool:
     """Whether most of a file's encoder keys lack the family's prefix: a stray key does not decide."""
-    inner = sum(key.startswith(tuple(f"{family.prefix}{step}." for step in family.roots)) for key in keys)
-    return sum(key.split(".")[0] in family.roots for key in keys) >= inner
+    inside = tuple(f"{family.prefix}{step}." for step in family.roots)
+    inner, outer = sum(key.startswith(inside) for key in keys), sum(key.split(".")[0] in family.roots for key in keys)
+    if inner == outer == 0:  # some wrapper's name may stand before all of them, which the report will say
+        inner = sum(key.partition(".")[2].startswith(inside) for key in keys)
+    return outer >= inner
 
 
 @dataclass(frozen=True)

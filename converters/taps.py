@@ -1,4 +1,4 @@
-"""What every part of a model gives on the way, for those that compare."""
+"""What every part of a model gives on the way, for those that compare: which inputs, which parts, and the run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +9,65 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqx_transformers import MultipleChoice
+from eqx_transformers.skeletons import stacks
+
+from .families import FAMILIES
+
+SEED, ROWS, LENGTH = 0, 4, 24
+Inputs = dict[str, np.ndarray]
+
+
+def random_inputs(model: Any, seed: int = SEED) -> Inputs:
+    """Random rows: a whole one, one padded right, one padded left, a short one; random token types.
+
+    For multiple choice, the same rows are the choices of two examples. All seeds have the same shapes and masks.
+    """
+    config, rng = model.config, np.random.default_rng(seed)
+    first = config.position_offset if config.positions == "index" else config.padding_id + 1
+    length = min(LENGTH, config.max_positions - first)
+    ids = rng.integers(0, config.vocab_size, (ROWS, length))
+    mask = np.ones((ROWS, length), np.int64)
+    mask[1, (2 * length + 2) // 3 :] = 0
+    mask[2, : length // 3] = 0
+    mask[3, max(1, length // 6) :] = 0
+    if config.padding_id is not None:
+        ids[ids == config.padding_id] = (config.padding_id + 1) % config.vocab_size
+        ids[mask == 0] = config.padding_id
+    given = {"ids": ids, "attention_mask": mask}
+    if config.token_types:
+        given["token_type_ids"] = rng.integers(0, config.token_types, ids.shape)
+    return {name: x.reshape(2, -1, length) if type(model) is MultipleChoice else x for name, x in given.items()}
+
+
+def flat(x: np.ndarray) -> np.ndarray:
+    """`rows seq` of an input; the choices of a multiple choice are rows."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def of_tokens(x: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether an output has something of every token of every row."""
+    return x.ndim > 2 and x.shape[:2] == mask.shape
+
+
+def cotangent(model: Any, inputs: Inputs) -> np.ndarray:
+    """Random numbers for all of a row's outputs; none for what a causal model gives where it sees nothing."""
+    shapes = [x.shape for x in jax.eval_shape(lambda: _outputs(model, inputs))]
+    rng, mask = np.random.default_rng(SEED), inputs["attention_mask"]
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    if model.config.causal:
+        seen = lambda x: mask if of_tokens(x, mask) else mask[:, 0]
+        weights = [x * seen(x).reshape(*seen(x).shape, *[1] * (x.ndim - seen(x).ndim)) for x in weights]
+    return np.concatenate([x.reshape(len(x), -1) for x in weights], axis=1)
+
+
+def probes(model: Any) -> dict[str, str]:
+    """Our path -> the reference's module name, for every probe that the model has, in order of execution."""
+    listed = FAMILIES[model.config.family].probes(type(model))
+    depth = next(iter(stacks(model).values())).num_layers
+    repeated = [p for p in listed if "{i}" in p[0]]
+    before, after = listed[: listed.index(repeated[0])], listed[listed.index(repeated[-1]) + 1 :]
+    layers = [(ours.format(i=i), theirs.format(i=i)) for i in range(depth) for ours, theirs in repeated]
+    return {ours: theirs for ours, theirs in [*before, *layers, *after] if at(model, ours) is not None}
 
 
 def at(tree: Any, path: str) -> Any:
@@ -33,22 +92,25 @@ class _Tap(eqx.Module):
         return getattr(object.__getattribute__(self, "module"), name)
 
 
-def outputs(model: Any, paths: Sequence[str], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The output of the module at each path, and the model's own at "", for every row of `inputs`.
+def outputs(model: Any, paths: Sequence[str]) -> Callable[[Inputs], dict[str, np.ndarray]]:
+    """A function of inputs: the output of the module at each path, and the model's own at "", for every row.
 
-    A model of several outputs gives them side by side. The choices of a multiple choice are rows of their own: what
-    its inner `vmap` computes could not be seen from outside.
+    It is compiled once for all inputs of one shape. A model of several outputs gives them side by side. The choices of
+    a multiple choice are rows of their own: what its inner `vmap` computes could not be seen from outside.
     """
     inner = sorted(paths, key=lambda path: -path.count("."))  # inner ones first: a tap hides what it holds
     choices = isinstance(model, MultipleChoice)
-    given = {name: x.reshape(-1, x.shape[-1]) if choices else x for name, x in inputs.items()}
 
     @eqx.filter_jit
     def run(model: Any, given: Any) -> dict[str, Any]:
         kwargs = {name: x for name, x in given.items() if name != "ids"}
         return jax.vmap(lambda ids, kwargs: _tapped(model, inner, ids, kwargs))(given["ids"], kwargs)
 
-    return {path: np.asarray(x) for path, x in run(model, given).items()}
+    def of(inputs: Inputs) -> dict[str, np.ndarray]:
+        given = {name: flat(x) if choices else x for name, x in inputs.items()}
+        return {path: np.asarray(x) for path, x in run(model, given).items()}
+
+    return of
 
 
 def _tapped(model: Any, paths: Sequence[str], ids: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -61,3 +123,21 @@ def _tapped(model: Any, paths: Sequence[str], ids: Any, kwargs: dict[str, Any]) 
         model.pooler(output)
     leaves = jax.tree.leaves(output)
     return {**sink, "": leaves[0] if len(leaves) == 1 else jnp.concatenate([x.ravel() for x in leaves])}
+
+
+def gradient(model: Any, inputs: Inputs, weights: np.ndarray) -> Any:
+    """The gradient of the output's sum with these weights (a line of numbers a row)."""
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def of(model: Any) -> Any:
+        found = jnp.concatenate([x.reshape(len(x), -1) for x in _outputs(model, inputs)], axis=1)
+        return (found * weights).sum()
+
+    return of(model)
+
+
+def _outputs(model: Any, inputs: Inputs) -> list[Any]:
+    """All outputs of the model on every row."""
+    given = {name: jnp.asarray(x) for name, x in inputs.items()}
+    return jax.tree.leaves(jax.vmap(lambda ids, kwargs: model(ids, **kwargs))(given.pop("ids"), given))

@@ -1,15 +1,25 @@
 """The reference library's model of a checkpoint, and what it computes."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from eqx_transformers import MultipleChoice
+from eqx_transformers import MultipleChoice, tensor_file
 
-from . import reference_names
+from . import noise, reference_names, taps
+from .checkpoint import Checkpoint, open_directory
 from .families import FAMILIES
+from .noise import Exact
 from .origin import Origin
+from .recording import Gradients, Recording, Tensor, compared, facts
+
+FLAX = ".msgpack"
 
 
 def expect() -> None:
@@ -18,7 +28,33 @@ def expect() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError("Verification needs the reference: pip install 'eqx_transformers[verify]'") from error
+        raise ImportError(
+            "Verification needs the reference: pip install 'eqx_transformers[verify]'. Where that cannot be, verify"
+            " against a record that was made elsewhere: verify(…, against=FILE)."
+        ) from error
+
+
+def recorded(model: Any, origin: Origin, *, with_gradients: bool) -> Recording:
+    """All that a verification of `model` compares with, computed here."""
+    import torch
+    import transformers
+
+    reference = load(model, origin)
+    inputs = taps.random_inputs(model)
+    layers = outputs(reference, model, taps.probes(model), inputs)
+    found = gradients(reference, model, inputs) if with_gradients else None
+    return Recording(
+        family=model.config.family,
+        model=type(model).__name__,
+        architecture=type(reference).__name__,
+        facts=facts(model.config),
+        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        tensors=tensors(reference, model),
+        inputs=inputs,
+        layers=layers,
+        gradients=found,
+        noise=_noise(reference, model, layers, inputs),  # last: it leaves the reference in half precision
+    )
 
 
 def load(model: Any, origin: Origin) -> Any:
@@ -31,21 +67,22 @@ def load(model: Any, origin: Origin) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        reference, info = reference_class.from_pretrained(
-            origin.directory,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **_options(model),
-        )
+        with _readable(origin) as directory:
+            reference, info = reference_class.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_options(model),
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
     specs, get = reference_names.tensors(model)
     state = reference.state_dict()
     # What the file has under the name of one of ours, but for another head, was dropped: ours was drawn.
-    dropped = {origin.renamed.get(key, key) for key in origin.dropped}
+    dropped = {_torch_name(origin.renamed.get(key, key)) for key in origin.dropped}
     drawn = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"]), *dropped}
     with torch.no_grad():
         for name in drawn & specs.keys() & state.keys():
@@ -54,6 +91,35 @@ def load(model: Any, origin: Origin) -> Any:
             if name in state:
                 state[name].copy_(state[name].to(getattr(torch, str(spec.dtype))))
     return reference.eval()
+
+
+@contextlib.contextmanager
+def _readable(origin: Origin) -> Iterator[Path]:
+    """The checkpoint's directory as the reference reads it: it has forgotten what Flax wrote."""
+    directory = Path(str(origin.directory))
+    if not any(name.endswith(FLAX) for name in origin.layout):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="reference-") as made:
+        shutil.copy(directory / "config.json", made)
+        _as_torch(open_directory(directory), Path(made) / "model.safetensors")
+        yield Path(made)
+
+
+def _as_torch(checkpoint: Checkpoint, path: Path) -> None:
+    """Flax's tensors, which are turned already, by torch's names. This knows no table of ours: it is to check them."""
+    keys = {_torch_name(key): key for key in checkpoint.specs}
+    for name in [name for name in keys if name.endswith(".decoder.weight")]:  # untied: torch lists the bias twice
+        head = name.removesuffix("decoder.weight")
+        keys |= {f"{head}decoder.bias": keys[f"{head}bias"]} if f"{head}bias" in keys else {}
+    spec = lambda key: jax.ShapeDtypeStruct(checkpoint.specs[key].shape, checkpoint.specs[key].numpy_dtype)
+    specs = {name: spec(key) for name, key in keys.items()}
+    tensor_file.write(path, specs, lambda name: checkpoint.get(keys[name]), {"format": "pt"})
+
+
+def _torch_name(key: str) -> str:
+    *steps, last = key.split("/")
+    return ".".join([*steps, "weight" if last in ("kernel", "scale", "embedding") else last])
 
 
 def _options(model: Any) -> dict[str, Any]:
@@ -67,22 +133,33 @@ def _options(model: Any) -> dict[str, Any]:
     return {"add_pooling_layer": getattr(model, "backbone", model).pooler is not None, **causal}
 
 
+def tensors(reference: Any, model: Any) -> dict[str, Tensor]:
+    """The reference's tensors under the names of ours, in the dtype of ours."""
+    specs, _ = reference_names.tensors(model)
+    state = reference.state_dict()
+    return {
+        name: Tensor.of(state[name].numpy().astype(compared(spec.dtype)))
+        for name, spec in specs.items()
+        if name in state
+    }
+
+
 def outputs(
     reference: Any, model: Any, probes: Mapping[str, str], inputs: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """By our paths, what the reference's modules of these names give, and its output at ""."""
+    """By our paths, what the reference's modules of these names give, and its output at ""; all in float32."""
     import torch
 
     seen: dict[str, np.ndarray] = {}
 
     def keep(path: str) -> Callable[..., None]:
         first = lambda out: out[0] if isinstance(out, tuple) else out
-        return lambda module, args, out: seen.__setitem__(path, first(out).detach().numpy())
+        return lambda module, args, out: seen.__setitem__(path, first(out).detach().float().numpy())
 
     hooks = [reference.get_submodule(name).register_forward_hook(keep(path)) for path, name in probes.items()]
     try:
         with torch.no_grad():
-            found = [x.numpy() for x in _called(reference, model, inputs)]
+            found = [x.float().numpy() for x in _called(reference, model, inputs)]
     finally:
         for hook in hooks:
             hook.remove()
@@ -91,15 +168,35 @@ def outputs(
     return seen | {"": found[0] if len(found) == 1 else np.concatenate([x.reshape(len(x), -1) for x in found], axis=1)}
 
 
-def gradients(reference: Any, model: Any, inputs: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradient of the weighted sum of the output (a line of numbers a row), by the reference's names."""
+def gradients(reference: Any, model: Any, inputs: dict[str, np.ndarray]) -> Gradients:
+    """The gradient of a weighted sum of the output, for those of our tensors that have one."""
     import torch
 
+    weights = taps.cotangent(model, inputs)
     found = torch.cat([x.reshape(len(x), -1) for x in _called(reference, model, inputs)], dim=1)
     reference.zero_grad()
     (found * torch.from_numpy(weights)).sum().backward()
     parameters = dict(reference.named_parameters(remove_duplicate=False))
-    return {name: p.grad.numpy() for name, p in parameters.items() if p.grad is not None}
+    found = {name: parameters[name].grad for name in reference_names.paths(model) if name in parameters}
+    reference.zero_grad()
+    return Gradients(weights, {name: grad.numpy() for name, grad in found.items() if grad is not None})
+
+
+def _noise(reference: Any, model: Any, layers: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> Exact | None:
+    """The reference on the inputs of every seed in float32, then in the model's dtype, in which it is left."""
+    import torch
+
+    dtype = noise.dtype_of(model)
+    if dtype is None:
+        return None
+    path = noise.place(model, layers, inputs)
+    probe = {path: taps.probes(model)[path]} if path else {}
+    given = [taps.random_inputs(model, seed) for seed in noise.SEEDS]
+    run = lambda inputs: noise.counted(outputs(reference, model, probe, inputs)[path], inputs)
+    exact = np.stack([run(inputs) for inputs in given])
+    reference.to(getattr(torch, dtype))
+    errors = [run(inputs) - theirs for inputs, theirs in zip(given, exact, strict=True)]
+    return Exact(dtype, path, noise.rms(errors), {k: np.stack([x[k] for x in given]) for k in inputs}, exact)
 
 
 def _called(reference: Any, model: Any, inputs: dict[str, np.ndarray]) -> list[Any]:
@@ -114,7 +211,8 @@ def _called(reference: Any, model: Any, inputs: dict[str, np.ndarray]) -> list[A
         return [result.prediction_logits, result.seq_relationship_logits]
     if not hasattr(model, "pooling"):
         return [result.logits if "logits" in result else result.last_hidden_state]
-    hidden, mask = result.last_hidden_state, given["attention_mask"][..., None].float()
+    hidden = result.last_hidden_state
+    mask = given["attention_mask"][..., None].to(hidden.dtype)
     first = mask.argmax(1, keepdim=True).expand(-1, 1, hidden.shape[-1])
     x = (hidden * mask).sum(1) / mask.sum(1) if model.config.pooling == "mean" else hidden.gather(1, first)[:, 0]
     return [torch.nn.functional.normalize(x, dim=-1) if model.config.normalize else x]

@@ -1,5 +1,6 @@
 """The proof of a conversion: the reference library and ours on the same inputs, layer by layer."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_transformers import MultipleChoice, unstack
+from eqx_transformers import unstack
 from eqx_transformers.skeletons import stacked_paths, stacks
 
-from . import convert, reference_names, torch_reference
+from . import convert, noise, recording, reference_names, taps, torch_reference
+from .checkpoint import open_directory
 from .errors import ConversionError
 from .families import FAMILIES
+from .noise import Noise
 from .origin import Origin
-from .taps import at, outputs
+from .recording import Gradients, Recording
 
 TOLERANCE = 1e-4
-SEED, ROWS, LENGTH = 0, 4, 24
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Layer:
 @dataclass(frozen=True)
 class Verification:
     """`layers` in order of execution, the model's output last; `weights` are the reference's names of tensors that are
-    not bit for bit ours, with our paths; `gradients`, if asked for, each tensor's relative error."""
+    not bit for bit ours, with our paths; `gradients`, if asked for, each tensor's relative error; `noise`, of a model
+    in half precision, in units of the reference's own."""
 
     tolerance: float
     layers: tuple[Layer, ...]
     weights: dict[str, str]
     gradients: dict[str, float]
+    noise: Noise | None = None
 
     @property
     def max_error(self) -> float:
@@ -52,10 +56,13 @@ class Verification:
 
     @property
     def first_divergence(self) -> str | None:
-        """The path of the first layer that is not the reference's; of a tensor, where outputs do not show it."""
+        """The path of the first layer that is not the reference's; of a tensor, where outputs do not show it; then the
+        name of a gradient; then "noise in DTYPE"."""
         wrong = [layer.path for layer in self.layers if not layer.error <= self.tolerance]
         wrong += list(self.weights.values())
-        return (wrong + [name for name, error in self.gradients.items() if not error <= self.tolerance] + [None])[0]
+        wrong += [name for name, error in self.gradients.items() if not error <= self.tolerance]
+        wrong += [f"noise in {x.dtype}" for x in (self.noise,) if x is not None and not x.passed]
+        return wrong[0] if wrong else None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -66,20 +73,23 @@ class Verification:
             "layers": [vars(layer) for layer in self.layers],
             "weights": self.weights,
             "gradients": self.gradients,
+            "noise": None if self.noise is None else self.noise.as_json(),
         }
 
     def __str__(self) -> str:
         if self.passed:
             where = max(self.layers, key=lambda layer: layer.error).path or "the output"
             worst = f", gradients {max(self.gradients.values()):.1e}" if self.gradients else ""
-            return f"verified: max error {self.max_error:.1e} (at {where}; tolerance {self.tolerance:.0e}){worst}"
+            half = "" if self.noise is None else f"; {self.noise}"
+            return f"verified: max error {self.max_error:.1e} (at {where}; tolerance {self.tolerance:.0e}){worst}{half}"
         lines = [f"NOT verified: {self.first_divergence} is the first that differs from the reference"]
-        lines += [f"  {layer.error:9.1e}  {layer.path}" for layer in self.layers if not layer.error <= self.tolerance][
-            :8
-        ]
+        wrong = [layer for layer in self.layers if not layer.error <= self.tolerance]
+        lines += [f"  {layer.error:9.1e}  {layer.path}" for layer in wrong[:8]]
         lines += [f"  {name} (our {path}) holds other numbers" for name, path in list(self.weights.items())[:8]]
-        wrong = {name: error for name, error in self.gradients.items() if not error <= self.tolerance}
-        lines += [f"  {error:9.1e}  gradient of {name}" for name, error in list(wrong.items())[:8]]
+        worse = {name: error for name, error in self.gradients.items() if not error <= self.tolerance}
+        lines += [f"  {error:9.1e}  gradient of {name}" for name, error in list(worse.items())[:8]]
+        if self.noise is not None and not self.noise.passed:
+            lines += [f"  {self.noise}, at most {noise.LIMIT} is allowed"]
         return "\n".join(lines)
 
 
@@ -87,43 +97,99 @@ def verify(
     source: convert.Source,
     *,
     gradients: bool = False,
+    record: str | os.PathLike[str] | None = None,
+    against: str | os.PathLike[str] | None = None,
     model: Any = None,
     origin: Origin | None = None,
     **options: Any,
 ) -> Verification:
-    """Runs the torch reference and ours on the same random rows (padded ones among them), in float32.
+    """Compares ours with the torch reference on the same random rows (padded ones among them), in float32.
 
     `model` and `origin` are the result of a `load` that is to be verified; without them, `source` is loaded here with
     `options`. A directory in the native format is compared with the checkpoint that its origin names.
     Every tensor is compared bit for bit too, so that a difference shows which these inputs do not reach. Where the
-    model was loaded in another dtype than the file's, the reference's numbers are rounded to that dtype first.
-    Raises an `ImportError` with the pip line when torch or transformers is missing.
+    model was loaded in another dtype than the file's, the reference's numbers are rounded to that dtype first. A model
+    all in bfloat16 or float16 is also run as it is: it may be no more than 1.1 times as far from the reference in
+    float32 as the reference in that dtype is, over 20 seeds.
+
+    `record` names a file to which all that the reference computed is written, whatever the comparison finds.
+    `against` names such a file in the place of the reference: neither torch, transformers nor the checkpoint that a
+    native directory came from is needed then.
+
+    Raises an `ImportError` with the pip line when torch or transformers is missing; a `FileExistsError` where `record`
+    is something else than a record; a `SourceNotFound` where `against`, or the directory for `record`, is not there; a
+    `MalformedCheckpoint` where `against` is no whole record, and a `ConversionError` where it is another model's.
     """
-    torch_reference.expect()
+    known = prepared(record, against)
     if model is None:
         model, origin = convert.load(source, **options)
+    model = _plain(model)
+    if known is None:
+        known = torch_reference.recorded(model, _with_checkpoint(source, origin), with_gradients=gradients)
+    else:
+        recording.expect_of(known, model, gradients, against)
+    if record is not None:
+        recording.write(record, known)
+    return compared(model, known, gradients=gradients)
+
+
+def prepared(record: Any, against: Any) -> Recording | None:
+    """The record to compare with; None for the reference itself, which can be run then. All before the work."""
+    if record is not None and against is not None:
+        raise ConversionError(
+            "record= writes what the reference computes, against= compares without running it: choose one."
+        )
+    if record is not None:
+        recording.expect_writable(record)
+    if against is not None:
+        return recording.read(against)
+    torch_reference.expect()
+    return None
+
+
+def _with_checkpoint(source: convert.Source, origin: Origin | None) -> Origin:
+    """The origin, if the reference has such a model and the checkpoint that it came from is still where it was."""
     if origin is not None and origin.family not in FAMILIES:
         raise ConversionError(
             f"{source}: {origin.family} is no format of the reference library, nothing to compare with."
         )
-    if origin is None or origin.directory is None or not Path(origin.directory).is_dir():
+    if origin is None or origin.directory is None:
         raise ConversionError(
-            f"{source}: the checkpoint that it came from is not here any more, nothing to compare with."
+            f"{source}: no checkpoint is known that it came from (it was made from arrays, or model= was given without"
+            f" its origin), so there is nothing to compare with. {ELSEWHERE}"
         )
-    model = _plain(model)
-    reference = torch_reference.load(model, origin)
-    model = _float32(model)
-    weights = _different_weights(model, reference)
-    inputs, probes = _inputs(model), _probes(model)
+    directory = Path(origin.directory)
+    if not directory.is_dir():
+        raise ConversionError(
+            f"{source}: the checkpoint that it came from, {directory}, is not here any more, nothing to compare with."
+            f" Put it back, or convert {origin.source} again. {ELSEWHERE}"
+        )
+    layout = open_directory(directory).layout if origin.layout else {}
+    if {name: sorted(keys) for name, keys in layout.items()} != {k: sorted(v) for k, v in origin.layout.items()}:
+        raise ConversionError(
+            f"{source}: {directory} does not hold the checkpoint any more that it came from: the tensors have other"
+            " names, or are in other files. Convert it again from what is there now, and verify that."
+        )
+    return origin
+
+
+ELSEWHERE = "A record of the reference, made elsewhere with verify(…, record=FILE), will do: verify(…, against=FILE)."
+
+
+def compared(model: Any, known: Recording, *, gradients: bool) -> Verification:
+    """Our model (in its own dtype, its blocks a tuple) against what the reference computed."""
+    weights = _different_weights(model, known)
+    names = taps.probes(model) | {"": "output"}
+    wide = _float32(model)
     with jax.default_matmul_precision("highest"):
-        ours = outputs(model, list(probes), inputs)
-        theirs = torch_reference.outputs(reference, model, probes, inputs)
-        grads = _gradients(model, reference, inputs) if gradients else {}
+        ours, theirs = taps.outputs(wide, [path for path in names if path])(known.inputs), known.layers
+        grads = _gradients(wide, known.inputs, known.gradients) if gradients and known.gradients else {}
     if model.config.causal:
-        ours, theirs = (_seen(layers, inputs["attention_mask"]) for layers in (ours, theirs))
-    names = probes | {"": "output"}
+        ours, theirs = (_seen(layers, known.inputs["attention_mask"]) for layers in (ours, theirs))
     layers = tuple(Layer(path, names[path], _error(ours[path], theirs[path])) for path in names)
-    return Verification(TOLERANCE, layers, weights, grads)
+    del wide, ours
+    half = None if known.noise is None else noise.measure(model, known.noise)
+    return Verification(TOLERANCE, layers, weights, grads, half)
 
 
 def _plain(model: Any) -> Any:
@@ -136,92 +202,27 @@ def _float32(model: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, model)
 
 
-def _different_weights(model: Any, reference: Any) -> dict[str, str]:
-    specs, get = reference_names.tensors(model)
-    state = {name: x.detach().numpy() for name, x in reference.state_dict().items()}
-    different = [
-        name for name in specs if name not in state or not np.array_equal(get(name), state[name], equal_nan=True)
-    ]
+def _different_weights(model: Any, known: Recording) -> dict[str, str]:
     paths = reference_names.paths(model)
-    return {name: paths[name] for name in different}
-
-
-def _inputs(model: Any) -> dict[str, np.ndarray]:
-    """Random rows: a whole one, one padded right, one padded left, a short one; random token types.
-
-    For multiple choice, the same rows are the choices of two examples.
-    """
-    config, rng = model.config, np.random.default_rng(SEED)
-    first = config.position_offset if config.positions == "index" else config.padding_id + 1
-    length = min(LENGTH, config.max_positions - first)
-    ids = rng.integers(0, config.vocab_size, (ROWS, length))
-    mask = np.ones((ROWS, length), np.int64)
-    mask[1, (2 * length + 2) // 3 :] = 0
-    mask[2, : length // 3] = 0
-    mask[3, max(1, length // 6) :] = 0
-    if config.padding_id is not None:
-        ids[ids == config.padding_id] = (config.padding_id + 1) % config.vocab_size
-        ids[mask == 0] = config.padding_id
-    given = {"ids": ids, "attention_mask": mask}
-    if config.token_types:
-        given["token_type_ids"] = rng.integers(0, config.token_types, ids.shape)
-    return {name: x.reshape(2, -1, length) if type(model) is MultipleChoice else x for name, x in given.items()}
-
-
-def _probes(model: Any) -> dict[str, str]:
-    """Our path -> the reference's module name, for every probe that the model has, in order of execution."""
-    listed = FAMILIES[model.config.family].probes(type(model))
-    depth = next(iter(stacks(model).values())).num_layers
-    repeated = [p for p in listed if "{i}" in p[0]]
-    before, after = listed[: listed.index(repeated[0])], listed[listed.index(repeated[-1]) + 1 :]
-    layers = [(ours.format(i=i), theirs.format(i=i)) for i in range(depth) for ours, theirs in repeated]
-    return {ours: theirs for ours, theirs in [*before, *layers, *after] if at(model, ours) is not None}
+    return {name: paths[name] for name, x in recording.tensors(model).items() if known.tensors.get(name) != x}
 
 
 def _seen(layers: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     """Without the padding: before the first token, a causal query sees nothing, and each library fills in its own."""
-    of_tokens = lambda x: x.shape[:2] == mask.shape
-    return {path: x[mask == 1] if of_tokens(x) else x[mask[:, 0] == 1] for path, x in layers.items()}
+    kept = lambda x: x[mask == 1] if taps.of_tokens(x, mask) else x[mask[:, 0] == 1]
+    return {path: kept(x) for path, x in layers.items()}
 
 
-def _gradients(model: Any, reference: Any, inputs: dict[str, np.ndarray]) -> dict[str, float]:
+def _gradients(model: Any, inputs: taps.Inputs, known: Gradients) -> dict[str, float]:
     """Each tensor's gradient of the output's sum with random weights, against the reference's."""
-    weights = _weights(model, inputs)
-    theirs = torch_reference.gradients(reference, model, inputs, weights)
-
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def gradient(model: Any) -> Any:
-        return (_called(model, inputs) * weights).sum()
-
-    specs, get = reference_names.tensors(eqx.combine(gradient(model), model))
+    theirs = known.values
+    specs, get = reference_names.tensors(eqx.combine(taps.gradient(model, inputs, known.cotangent), model))
     # A key's bias has no gradient in exact arithmetic, only noise of the size of the others' last digits: an error is
     # relative to the tensor's own largest gradient, but to no less than a hundredth of the largest of all.
     floor = 1e-2 * max(float(np.abs(g).max()) for g in theirs.values())
     zero = lambda name: np.zeros(specs[name].shape, np.float32)
     error = lambda a, b: float(np.abs(a - b).max() / max(float(np.abs(b).max()), floor))
     return {name: error(get(name), theirs.get(name, zero(name))) for name in specs}
-
-
-def _weights(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Random numbers for all of a row's outputs; none for what a causal model gives where it sees nothing."""
-    shapes = [x.shape for x in jax.eval_shape(lambda: _outputs(model, inputs))]
-    rng, mask = np.random.default_rng(SEED), inputs["attention_mask"]
-    weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    if model.config.causal:
-        seen = lambda x: mask if x.shape[:2] == mask.shape else mask[:, 0]
-        weights = [x * seen(x).reshape(*seen(x).shape, *[1] * (x.ndim - seen(x).ndim)) for x in weights]
-    return np.concatenate([x.reshape(len(x), -1) for x in weights], axis=1)
-
-
-def _called(model: Any, inputs: dict[str, np.ndarray]) -> Any:
-    """The model on every row, as one line of numbers a row."""
-    return jnp.concatenate([x.reshape(len(x), -1) for x in _outputs(model, inputs)], axis=1)
-
-
-def _outputs(model: Any, inputs: dict[str, np.ndarray]) -> list[Any]:
-    given = {name: jnp.asarray(x) for name, x in inputs.items()}
-    return jax.tree.leaves(jax.vmap(lambda ids, kwargs: model(ids, **kwargs))(given.pop("ids"), given))
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray) -> float:

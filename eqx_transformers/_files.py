@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ._swap import flush, swap
+
 
 @contextmanager
 def replacing(
@@ -18,11 +20,13 @@ def replacing(
     """A temporary directory beside `directory` that takes its place when the block ends without an error.
 
     Files of an earlier model there that were not written anew stay, but for those that match the globs `stale`.
-    Until the last rename the old directory is whole. Raises a `FileExistsError` when `directory` is a file, or holds
-    something that is not a model (a directory without `config.json`), or not a `replaceable` one: nobody's data is
-    swept away by a wrong path.
+    The two change places in one step, so that at every moment, even if the process is killed, `directory` is the old
+    one or the new one (`_swap.swap` says where no system can promise it). A link is followed. Raises a
+    `FileExistsError` when `directory` is a file, or holds something that is not a model (a directory without
+    `config.json`), or not a `replaceable` one: nobody's data is swept away by a wrong path. An `OSError` of the disk
+    names the directory, where it names no file.
     """
-    target = Path(directory).absolute()
+    target = Path(os.path.realpath(directory))
     expect_replaceable(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -31,7 +35,12 @@ def replacing(
         if target.is_dir():
             _keep_the_rest(target, fresh, tuple(stale))
         os.chmod(fresh, 0o777 & ~_umask())
-        _swap(fresh, target)
+        flush(fresh)
+        swap(fresh, target)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -55,25 +64,18 @@ def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambd
 def _keep_the_rest(old: Path, fresh: Path, stale: tuple[str, ...]) -> None:
     for path in old.iterdir():
         if not (fresh / path.name).exists() and not any(path.match(glob) for glob in stale):
-            if path.is_dir():
-                shutil.copytree(path, fresh / path.name, symlinks=True)
-            else:
-                shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+            _copy(path, fresh / path.name)
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        return os.rename(fresh, target)
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        os.rename(target, old / target.name)
-        try:
-            os.rename(fresh, target)
-        except OSError:
-            os.rename(old / target.name, target)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _copy(path: Path, to: Path) -> None:
+    """A file, a link or a directory; unlike with `shutil.copytree`, what goes wrong is raised as it is."""
+    if path.is_symlink() or not path.is_dir():
+        shutil.copy2(path, to, follow_symlinks=False)
+        return
+    to.mkdir()
+    for inner in path.iterdir():
+        _copy(inner, to / inner.name)
+    shutil.copystat(path, to)
 
 
 def _umask() -> int:

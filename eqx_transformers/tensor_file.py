@@ -3,12 +3,14 @@
 The format: eight bytes with the header's length, a JSON header, the tensors' bytes. The header of a file that is read
 is validated by the safetensors library itself; reading and writing here exists because a tensor read into its own
 64-byte aligned buffer is adopted by JAX on a CPU without a copy, and because writes stream without a second copy.
+
+A `Spec` says of any container where a tensor lies in its file, so that `read_tensor` and `mapped` serve all of them.
 """
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, BinaryIO
 
@@ -37,17 +39,39 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor of a file: where it lies and what it is, known from the header alone."""
+    """One tensor of a file: where it lies and what it is, known from the header alone.
+
+    Its bytes are those from `start` to `end`, and then those of the ranges `more`, one after the other. They hold it
+    in C order, or with `strides` (in elements, not negative) as a view of what these bytes hold.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     start: int
     end: int
+    strides: tuple[int, ...] | None = None
+    more: tuple[tuple[int, int], ...] = ()
 
     @property
     def numpy_dtype(self) -> np.dtype | None:
         """The dtype, or None for one that NumPy does not have (float8 and smaller)."""
         return DTYPES.get(self.dtype)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Every range of the file's bytes that the tensor is in, in order."""
+        return (self.start, self.end), *self.more
+
+    @property
+    def stored(self) -> int:
+        """How many bytes of the file that is."""
+        return sum(end - start for start, end in self.ranges)
+
+    @property
+    def transposed(self) -> "Spec":
+        """The transpose of a matrix in C order: the same bytes, seen the other way."""
+        rows, columns = self.shape
+        return replace(self, shape=(columns, rows), strides=(1, columns))
 
 
 class DamagedFile(ValueError):
@@ -70,10 +94,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Spec], dict[str
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise DamagedFile(f"The header names {next(n for n in names if names.count(n) > 1)!r} twice.")
+    entries: dict[str, Any] = {}
+    for name, entry in pairs:
+        if name in entries:
+            raise DamagedFile(f"The header names {name[:80]!r} twice.")
+        entries[name] = entry
     return entries
 
 
@@ -96,12 +121,34 @@ def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
 
     Never a view of the file: an array that aliased a memory map would change when somebody writes to the file.
     """
-    view = aligned(spec.end - spec.start)
-    file.seek(spec.start)
-    got = fill(file, view.data)
-    if got != len(view):
-        raise EOFError(f"expected {len(view)} bytes at {spec.start}, found {got}")
-    return view.view(DTYPES[spec.dtype]).reshape(spec.shape)
+    view, at = aligned(spec.stored), 0
+    for start, end in spec.ranges:
+        file.seek(start)
+        got = fill(file, view[at : at + end - start].data)
+        if got != end - start:
+            raise EOFError(f"expected {end - start} bytes at {start}, found {got}")
+        at += got
+    return _shaped(view, spec)
+
+
+def mapped(path: str | os.PathLike[str], spec: Spec) -> np.ndarray:
+    """The tensor as a read-only view of a map of the file: nothing is read until it is looked at.
+
+    For those who copy what they need of it. Raises a `ValueError` for a tensor that lies in several ranges.
+    """
+    if spec.more:
+        raise ValueError("a tensor that lies in several ranges of a file cannot be mapped")
+    if spec.start == spec.end:
+        return np.empty(spec.shape, DTYPES[spec.dtype])
+    return _shaped(np.memmap(path, np.uint8, "r", spec.start, (spec.end - spec.start,)), spec)
+
+
+def _shaped(stored: np.ndarray, spec: Spec) -> np.ndarray:
+    flat = stored.view(DTYPES[spec.dtype])
+    if spec.strides is None:
+        return flat.reshape(spec.shape)
+    strides = [step * flat.itemsize for step in spec.strides]
+    return np.lib.stride_tricks.as_strided(flat, spec.shape, strides, writeable=False)
 
 
 def aligned(size: int) -> np.ndarray:

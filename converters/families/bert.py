@@ -72,6 +72,7 @@ FAMILY = Family(
         "BertModel": Encoder,
         "BertForMaskedLM": MaskedLM,
         "BertLMHeadModel": CausalLM,
+        "BertForCausalLM": CausalLM,  # as its Flax class is called
         "BertForPreTraining": PreTraining,
         "BertForNextSentencePrediction": NextSentencePredictor,
         "BertForSequenceClassification": SequenceClassifier,
@@ -84,6 +85,7 @@ FAMILY = Family(
         "BertForPreTraining": (MaskedLM, CausalLM, NextSentencePredictor),
         "BertForMaskedLM": (CausalLM, PreTraining),
         "BertLMHeadModel": (MaskedLM, PreTraining),
+        "BertForCausalLM": (MaskedLM, PreTraining),
         "BertForNextSentencePrediction": (PreTraining,),
     },
     prefix=PREFIX,

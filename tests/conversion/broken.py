@@ -1,5 +1,6 @@
 """Checkpoints and requests that are wrong, one a row: how, the exception, and what its message says."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,10 @@ CONFIGS = [
          "config.json holds a list … expected an object"),
     Case("config.json is null", text("config.json", "null"), Malformed,
          "config.json holds null … expected an object"),
+    Case("config.json names a field twice", text("config.json", '{"vocab_size": 61, "vocab_size": 62}'), Malformed,
+         "config.json is not JSON … names 'vocab_size' twice"),
+    Case("config.json has a number of a million digits", text("config.json", '{"vocab_size": 1' + "0" * 10**6 + "}"),
+         Malformed, "config.json is not JSON … digits"),
     Case("config.json is nested deeply", text("config.json", DEEP), Malformed, "config.json is nested too deeply"),
     Case("an unknown architecture", config(architectures=["RobertaForSorcery"]), Unsupported,
          f"RobertaForSorcery is not supported … {SUPPORTED} … head="),
@@ -137,12 +142,13 @@ CONFIGS = [
 ]
 
 CONTAINERS = [
-    Case("a pickle only", only("pytorch_model.bin"), Malformed,
-         "no model.safetensors … pytorch_model.bin … not read yet … save_pretrained"),
-    Case("many pickles only",
-         lambda d: [only("pytorch_model.bin")(d), *(text(f"p-{i}.bin", "")(d) for i in range(9))], Malformed,
-         "p-0.bin, p-1.bin, p-2.bin … not read yet"),
-    Case("no weights", remove(WEIGHTS), Malformed, f"has no weights … {WEIGHTS} … {INDEX}"),
+    Case("a container that is not read", only("tf_model.h5"), Malformed,
+         "has no weights … only tf_model.h5, a container that is not read … save_pretrained"),
+    Case("many pickles of other names",
+         lambda d: [remove(WEIGHTS)(d), *(text(f"p-{i}.bin", "")(d) for i in range(9))], Malformed,
+         "has no weights … There is p-0.bin, p-1.bin, p-2.bin, …: rename it"),
+    Case("no weights", remove(WEIGHTS), Malformed,
+         f"has no weights … {WEIGHTS}, {INDEX}, pytorch_model.bin … flax_model.msgpack … download complete"),
     Case("weights of another name", lambda d: (d / WEIGHTS).rename(d / "roberta.safetensors") and None, Malformed,
          "has no weights … There is roberta.safetensors: rename it"),
     Case("a truncated file", cut, Malformed, f"{WEIGHTS} … not fully covered … stopped early … Fetch it again"),
@@ -173,6 +179,25 @@ SHARDS = [
     Case("a shard in a directory", to("a/b.safetensors"), Unsafe, f"{INDEX} … 'a/b.safetensors' … beside it"),
     Case("a shard of another container", to("model.bin"), Unsafe, f"{INDEX} … 'model.bin' … .safetensors"),
     Case("a shard that is a number", to(7), Unsafe, f"{INDEX} … to 7 … must be the name"),
+    Case("a shard that is the directory above", to("..\\model.safetensors"), Unsafe, f"{INDEX} … must be the name"),
+    Case("a shard of no name", to(""), Unsafe, f"{INDEX} … to '' … must be the name"),
+    Case("a shard with a NUL in its name", to("a\0.safetensors"), Unsafe, f"{INDEX} … must be the name"),
+    Case("a shard that is a directory", lambda d: [to("x.safetensors")(d), (d / "x.safetensors").mkdir()], Malformed,
+         "x.safetensors is missing … download complete"),
+    Case("a shard that links to nothing",
+         lambda d: [to("x.safetensors")(d), (d / "x.safetensors").symlink_to(d / "y")], Malformed,
+         "x.safetensors is missing … download complete"),
+    Case("a shard that links to itself",
+         lambda d: [to("x.safetensors")(d), (d / "x.safetensors").symlink_to("x.safetensors")], Malformed,
+         "x.safetensors is missing … download complete"),
+    Case("a wrong total", index(lambda held, d: held["metadata"].update(total_size=7)), Malformed,
+         f"{INDEX} … total_size of 7 bytes … tensors have … another version"),
+    Case("a total that is text", index(lambda held, d: held["metadata"].update(total_size="all")), Malformed,
+         f"{INDEX} … total_size of 'all' bytes"),
+    Case("a key that the index names twice", lambda d: (d / INDEX).write_text(
+        (d / INDEX).read_text().replace('"weight_map": {', f'"weight_map": {{"{KEY}": "a.safetensors",')) and None,
+         Malformed, f"{INDEX} is not JSON … names '{KEY}' twice"),
+    Case("an index beyond all sizes", lambda d: os.truncate(d / INDEX, (1 << 26) + 1), Malformed, f"{INDEX} has 67 MB"),
     Case("a shard that is missing", to("lost.safetensors"), Malformed,
          "lost.safetensors is missing … download complete"),
     Case("a shard that is truncated", lambda d: [p.write_bytes(p.read_bytes()[:-1]) for p in d.glob("model-00001*")],

@@ -1,19 +1,11 @@
-"""The hub, from a server on this machine: every way in which fetching a checkpoint goes well, and goes wrong.
+"""The hub, from a server on this machine: every way in which fetching a checkpoint goes well, and goes wrong."""
 
-The server answers as huggingface.co does (`/REPO/resolve/REVISION/FILE` with ETag and X-Repo-Commit, errors by
-X-Error-Code), or as servers do that are not it.
-"""
-
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from urllib.parse import unquote
 
 import equinox as eqx
 import huggingface_hub
@@ -23,125 +15,12 @@ import converters
 from converters import hf
 from eqx_transformers import MaskedLM, SentenceEmbedder, load
 
-from ..reference import make, reference, save
+from ..reference import reference
 from ..tiny import Row
+from .hub_server import commit_of
 
 ROOT = Path(__file__).parents[2]
 ROBERTA, SENTENCES = Row("roberta", MaskedLM), Row("bert", SentenceEmbedder)
-
-
-class Hub:
-    """`repositories[name][revision]` is {path: bytes}. `refuse` gives (status, error code) for a repository;
-    `cut` a number of bytes after which a file's connection drops. `plain`: a server that states no error codes;
-    `headless`: no commits either; `hashless`: it does not answer for them. `moved`: which revision a branch is now;
-    `during(method, path)` runs in each answer.
-    """
-
-    def __init__(self):
-        self.repositories, self.refuse, self.cut, self.asked = {}, {}, {}, []
-        self.plain = self.headless = self.hashless = False
-        self.moved, self.during = {}, lambda method, path: None
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                hub.answer(self, body=False)
-
-            def do_GET(self):
-                hub.answer(self, body=True)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, request, body):
-        self.asked.append((request.command, request.path))
-        status, code, content, commit = self.find(request.path)
-        request.send_response(status)
-        if code and not self.plain:
-            request.send_header("X-Error-Code", code)
-        if commit and not self.headless:
-            request.send_header("X-Repo-Commit", commit)
-            request.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        self.during(request.command, request.path)
-        if body:
-            request.wfile.write(content[: self.cut.get(request.path.rpartition("/")[2])])
-
-    def find(self, path):
-        """(status, error code, content, commit)"""
-        if path.startswith("/api/models/"):
-            name = path.removeprefix("/api/models/")
-            known = name in self.repositories
-            return (200, "", json.dumps({"id": name}).encode(), "") if known else (404, "RepoNotFound", b"", "")
-        name, _, rest = path[1:].partition("/resolve/")
-        revision, _, file = map(unquote, rest.partition("/"))
-        if name in self.refuse:
-            return *self.refuse[name], b"", ""
-        if name not in self.repositories:
-            return 404, "RepoNotFound", b"", ""
-        commits = {commit_of(name, r): files for r, files in self.repositories[name].items()}
-        commit = revision if revision in commits else commit_of(name, self.moved.get(revision, revision))
-        if commit not in commits or (self.hashless and revision in commits):
-            return 404, "RevisionNotFound", b"", ""
-        if file not in commits[commit]:
-            return 404, "EntryNotFound", b"", commit
-        return 200, "", commits[commit][file], commit
-
-
-def commit_of(name, revision):
-    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
-
-
-def files(directory, at=""):
-    return {at + p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """One tiny RoBERTa in every shape in which repositories come."""
-    one, other = reference(ROBERTA).directory, tmp_path_factory.mktemp("other")
-    save(make(ROBERTA, seed=5), ROBERTA, other)
-    sharded = save(make(ROBERTA), ROBERTA, tmp_path_factory.mktemp("sharded"), max_shard_size="10KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 2
-    config = {"config.json": (one / "config.json").read_bytes()}
-    return {
-        "roberta-base": {"main": files(one) | {"vocab.json": b"{}", "merges.txt": b""}},
-        "owner/name": {"main": files(one), "second": files(other), "refs/pr/1": files(other)},
-        "owner/sharded": {"main": files(sharded)},
-        "owner/inside": {"main": files(one, "models/tiny/")},
-        "owner/pickled": {"main": config | {"pytorch_model.bin": b"PK"}},
-        "owner/empty": {"main": {"README.md": b""}},
-        "owner/weightless": {"main": config},
-        "owner/sentences": {"main": files(reference(SENTENCES).directory)},
-    }
-
-
-@pytest.fixture
-def hub(checkpoints, tmp_path, monkeypatch):
-    """A running hub, an empty cache, and a huggingface_hub that knows both (it reads its environment when imported)."""
-    server = Hub()
-    server.repositories = {name: {r: dict(f) for r, f in revisions.items()} for name, revisions in checkpoints.items()}
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    yield server
-    huggingface_hub.utils.close_session()
-    server.stop()
 
 
 def equal(ours, theirs):
@@ -276,11 +155,7 @@ def test_the_cache_is_enough(hub, name, how, monkeypatch):
         (["nothing"], 2, ["'nothing'", "no repository", "no directory"]),
         (["owner/name", "--revision", "third"], 2, ["owner/name", "no revision 'third'"]),
         (["owner/empty"], 2, ["owner/empty", "no config.json"]),
-        (
-            ["owner/pickled"],
-            3,
-            ["owner/pickled", "model.safetensors", "pytorch_model.bin", "not read yet", "--revision"],
-        ),
+        (["owner/keras"], 3, ["owner/keras", "pytorch_model.bin", "only tf_model.h5", "not read", "--revision"]),
         (["owner/weightless"], 3, ["owner/weightless", "model.safetensors", "no weights"]),
         (["owner/name--x"], 2, ["owner/name--x", "nor a hub id"]),
         (["owner/na me"], 2, ["owner/na me", "not a hub id"]),

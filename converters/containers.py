@@ -1,0 +1,196 @@
+"""The containers that weights come in, and how a directory and its index say which files hold what."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from eqx_transformers import tensor_file
+from eqx_transformers.tensor_file import DamagedFile, Spec
+
+from . import flax_names, msgpack_reader, torch_reader
+from .errors import MalformedCheckpoint, UnsafeCheckpoint
+from .files import read_json
+
+Header = tuple[dict[str, Spec], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Container:
+    """One way to keep tensors: the names of its files, and `read(path)`, which gives a file's header.
+
+    A header is the tensors by name, where each lies, and the file's metadata. `read` raises `MalformedCheckpoint` or
+    `UnsafeCheckpoint`, runs nothing that the file holds, and reads no tensor.
+    """
+
+    name: str
+    weights: str
+    ending: str
+    read: Callable[[Path], Header]
+
+    @property
+    def index(self) -> str:
+        return f"{self.weights}.index.json"
+
+
+def _safetensors(path: Path) -> Header:
+    try:
+        return tensor_file.read_header(path)
+    except DamagedFile as error:
+        raise MalformedCheckpoint(str(error)) from error
+
+
+def _flax(path: Path) -> Header:
+    specs, metadata = msgpack_reader.read_header(path)
+    return flax_names.turned(specs), metadata
+
+
+# The first of these that a directory has is read, one file before an index: transformers' order, then Flax.
+CONTAINERS = (
+    Container("safetensors", "model.safetensors", ".safetensors", _safetensors),
+    Container("torch", "pytorch_model.bin", ".bin", torch_reader.read_header),
+    Container("flax", "flax_model.msgpack", ".msgpack", _flax),
+)
+SAFETENSORS = CONTAINERS[0]
+KNOWN = tuple(name for one in CONTAINERS for name in (one.weights, one.index))
+# Weights that are there and not read, by the ends of their names.
+OTHERS = (".h5", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a directory's weights are, from headers: `specs` by key, and which of `layout`'s files holds each.
+
+    `notes` say what else lies there and was not read.
+    """
+
+    container: Container
+    specs: dict[str, Spec]
+    layout: dict[str, list[str]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def open_weights(directory: Path) -> Weights:
+    """The headers of the weights that are preferred here. Raises `Malformed-` or `UnsafeCheckpoint`."""
+    container, whole = _preferred(directory)
+    weight_map = {} if whole else read_weight_map(directory / container.index, container)
+    files = [container.weights] if whole else sorted(set(weight_map.values()))
+    specs, layout, metadata = {}, {}, {}
+    for name in files:
+        found, metadata = _header(directory / name, container)
+        for key in found.keys() & specs.keys():
+            first = next(file for file, keys in layout.items() if key in keys)
+            raise MalformedCheckpoint(
+                f"{directory}: {key} is in two files, {first} and {name}. Are they of two versions of the model?"
+                " Fetch or save it again."
+            )
+        specs |= found
+        layout[name] = list(found)
+    if not whole:
+        _expect_agreement(directory / container.index, weight_map, layout)
+        _expect_total(directory / container.index, specs)
+    if not specs:
+        raise MalformedCheckpoint(f"{directory}: {', '.join(files)} holds no tensors. Save the model again.")
+    return Weights(container, specs, layout, metadata, _unread(directory, container, files, whole))
+
+
+def _preferred(directory: Path) -> tuple[Container, bool]:
+    """The container, and whether it is one file."""
+    for one in CONTAINERS:
+        if (directory / one.weights).is_file():
+            return one, True
+        if (directory / one.index).is_file():
+            return one, False
+    raise MalformedCheckpoint(f"{directory} has no weights: none of {', '.join(KNOWN)}.{_near(directory)}")
+
+
+def _near(directory: Path) -> str:
+    """What may have been meant, where no weights have a name that is known."""
+    found = sorted(p.name for p in directory.iterdir() if p.is_file())
+    if near := [name for name in found if name.endswith(tuple(one.ending for one in CONTAINERS))]:
+        return f" There is {some(near)}: rename it, or add an index."
+    if other := [name for name in found if name.endswith(OTHERS)]:
+        return (
+            f" There is only {some(other)}, a container that is not read. Save it as safetensors with the library"
+            " that wrote it: AutoModel.from_pretrained(…).save_pretrained(…) of transformers, for one."
+        )
+    return " Was the download complete?"
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _header(path: Path, container: Container) -> Header:
+    if not path.is_file():
+        raise MalformedCheckpoint(f"{path} is missing, but the index names it. Was the download complete?")
+    try:
+        return container.read(path)
+    except OSError as error:
+        raise MalformedCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_weight_map(index: Path, container: Container) -> dict[str, str]:
+    """Which shard holds each key. Raises `MalformedCheckpoint`, or `UnsafeCheckpoint` for a shard that is elsewhere."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MalformedCheckpoint(
+            f"{index} has no weight_map of keys to files. Fetch it again, or save the model again."
+        )
+    for key, name in weight_map.items():
+        # One path component, so that an index cannot make us read files from elsewhere; the hub cache's symlinks may.
+        if not isinstance(name, str) or not _is_one_component(name) or not name.endswith(container.ending):
+            raise UnsafeCheckpoint(
+                f"{index} maps {key!r} to {name!r}; a shard must be the name of a {container.ending} file beside it."
+            )
+    return weight_map
+
+
+def _is_one_component(name: str) -> bool:
+    return Path(name).name == name and not set(name) & set("/\\\0")
+
+
+def _expect_agreement(index: Path, weight_map: dict[str, str], layout: dict[str, list[str]]) -> None:
+    """The index and the shards must say the same."""
+    held = {key: name for name, keys in layout.items() for key in keys}
+    for key in weight_map.keys() - held.keys():
+        raise MalformedCheckpoint(f"{index} says {weight_map[key]} holds {key}, but it does not. {AGAIN}")
+    for key in held.keys() - weight_map.keys():
+        raise MalformedCheckpoint(f"{index.parent / held[key]} holds {key}, which {index.name} does not list. {AGAIN}")
+    for key, name in weight_map.items():
+        if held[key] != name:
+            raise MalformedCheckpoint(f"{index} says {name} holds {key}, but {held[key]} does. {AGAIN}")
+
+
+AGAIN = "Index and shards are of one save only together: fetch all of them again, or save the model again."
+
+
+def _expect_total(index: Path, specs: dict[str, Spec]) -> None:
+    """`total_size`, where it is stated, counts every tensor, or (torch of old) memory that two share once."""
+    metadata = read_json(index).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated is None or any(s.numpy_dtype is None for s in specs.values()):
+        return
+    size = lambda s: prod(s.shape) * s.numpy_dtype.itemsize
+    every, once = sum(map(size, specs.values())), sum({(s.ranges, s.dtype): size(s) for s in specs.values()}.values())
+    if isinstance(stated, bool) or stated not in (every, once):
+        raise MalformedCheckpoint(
+            f"{index} states a total_size of {stated!r} bytes, but the tensors have {every}. Shards of another version"
+            " of the model? Fetch or save it again (a total_size that is known to be wrong can be taken out)."
+        )
+
+
+def _unread(directory: Path, container: Container, files: Iterable[str], whole: bool) -> tuple[str, ...]:
+    """A second checkpoint beside the one that is read may be another model: say that it was left alone."""
+    used = {*files, *(() if whole else (container.index,))}
+    endings = (*(one.ending for one in CONTAINERS), *(f"{one.ending}.index.json" for one in CONTAINERS), *OTHERS)
+    left = sorted(p.name for p in directory.iterdir() if p.name.endswith(endings) and p.name not in used)
+    left = [name for name in left if name not in NOT_WEIGHTS]
+    if not left:
+        return ()
+    read = container.weights if whole else f"the shards of {container.index}"
+    return (f"read from {read}; {some(left)} {'is' if len(left) == 1 else 'are'} there too, and not read",)
+
+
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")

@@ -1,0 +1,59 @@
+"""Small files of a checkpoint, read with an explanation of what is wrong with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import MalformedCheckpoint
+
+MOST = 1 << 26  # bytes of one such file; the index of a model of a trillion parameters has some 10 MB
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON value of a file, of this type. Raises a `MalformedCheckpoint` for anything else."""
+    try:
+        if (size := path.stat().st_size) > MOST:
+            raise MalformedCheckpoint(f"{path} has {size / 1e6:.0f} MB: too much for a file of names and settings.")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise MalformedCheckpoint(f"{path} is nested too deeply to be a file of a model.") from error
+    except ValueError as error:
+        raise MalformedCheckpoint(f"{path} is not JSON: {error}. {_usual_cause(path)}") from error
+    except OSError as error:
+        raise MalformedCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
+    if not isinstance(value, kind):
+        raise MalformedCheckpoint(f"{path} holds {_json_name(value)}; expected {_json_name(kind())}.")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a name come twice; one of its two values would be lost without a word."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"it names {name[:80]!r} twice")
+        fields[name] = value
+    return fields
+
+
+def _json_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _usual_cause(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = foreign(file.read(64), path.stat().st_size)
+    return found or "Was it edited by hand, or cut off? Fetch it again."
+
+
+def foreign(start: bytes, size: int) -> str | None:
+    """What a file is whose first bytes are `start`, if it is what often lies in the place of another."""
+    start = start.lstrip()
+    if not start and size < 64:
+        return "It is empty: a download or copy that stopped early? Fetch it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "It is a Git LFS pointer: run `git lfs pull` where you cloned it."
+    if start.startswith(b"<"):
+        return "It is a web page, probably an error page of the download. Download it again."
+    return None
