@@ -1,10 +1,10 @@
 """How fast is a checkpoint loaded, and with how much memory, against other readers of the same file?
 
-`python -m benchmarks.load` writes a RoBERTa checkpoint of about 500 MB with random weights in every container, and loads
-each by every reader of it in a process of its own, in turns, with the file in the page cache. Seconds are those from the
-start of the load until every array is there: imports and the start of the backend are before it. `np.fromfile` of the
-whole file into fresh memory is the yardstick. Peak anonymous memory (RssAnon, sampled every millisecond, less what was
-there before) is taken in processes of its own too, so that sampling disturbs no time.
+`python -m benchmarks.load` writes a RoBERTa checkpoint of about 500 MB with random weights in every container, and
+loads each by every reader of it in a process of its own, in turns, with the file in the page cache. Seconds are those
+from the start of the load until every array is there: imports and the start of the backend are before it.
+`np.fromfile` of the whole file into fresh memory is the yardstick. Peak anonymous memory (RssAnon, sampled every
+millisecond, less what was there before) is taken in processes of its own too, so that sampling disturbs no time.
 """
 
 import argparse
@@ -145,7 +145,8 @@ def write(container: str, directory: Path, layers: int) -> None:
     if container == "safetensors":
         return
     held = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
+    (directory / "peer").mkdir()
+    (directory / "model.safetensors").rename(directory / "peer" / "model.safetensors")
     if container == "torch":
         import torch
 
@@ -208,6 +209,11 @@ def safetensors_flax(path: Path) -> Load:
     return lambda: jax.block_until_ready(load_file(path))
 
 
+def safetensors_flax_beside(path: Path) -> Load:
+    """Of the same tensors in a safetensors file: the nearest that JAX has to a reader of the other containers."""
+    return safetensors_flax(path.parent / "peer" / "model.safetensors")
+
+
 def safetensors_torch(path: Path) -> Load:
     from safetensors.torch import load_file
 
@@ -266,9 +272,18 @@ READERS: dict[str, dict[str, Callable[[Path], Load]]] = {
         "safetensors.torch, cloned": safetensors_torch_owned,
         "transformers": transformers_torch,
     },
-    "torch": {"fromfile": fromfile, "ours": ours, "torch.load": torch_load, "transformers": transformers_torch},
-    # Of the peers only flax itself reads it, from a copy in memory; there is no flax for today's transformers.
-    "flax": {"fromfile": fromfile, "ours": ours},
+    "torch": {
+        "fromfile": fromfile,
+        "ours": ours,
+        "safetensors.flax, of the same as safetensors": safetensors_flax_beside,
+        "torch.load": torch_load,
+        "transformers": transformers_torch,
+    },
+    "flax": {
+        "fromfile": fromfile,
+        "ours": ours,
+        "safetensors.flax, of the same as safetensors": safetensors_flax_beside,
+    },
 }
 
 
