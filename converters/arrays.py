@@ -114,9 +114,7 @@ def _expect_file(path: str | os.PathLike[str]) -> None:
         raise SourceNotFound(f"There is no file {os.fspath(path)!r}.")
 
 
-def _planned(
-    format: str, tensors: Mapping[str, Any], config: Mapping[str, Any], request: Request
-) -> tuple[Plan, Checkpoint]:
+def _planned(format: str, tensors: Any, config: Any, request: Request) -> tuple[Plan, Checkpoint]:
     if format not in FORMATS:
         raise ConversionError(f"format = {format!r} is not one of {', '.join(FORMATS)}.")
     for name, given in (("tensors", tensors), ("config", config)):

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .report import Report
+else:
+    Report = object  # whose file imports this one
 
 
 class ConversionError(ValueError):
@@ -33,6 +35,6 @@ class NotPushed(ConversionError):
 class Mismatch(ConversionError):
     """The tensors of the file are not those of the model. `report` says all of it; the message shows it."""
 
-    def __init__(self, message: str, report: "Report"):
+    def __init__(self, message: str, report: Report):
         super().__init__(message)
         self.report = report

@@ -1,8 +1,9 @@
 """From a plan to a model: every tensor read once, cast once, and handed over without a second copy."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Handing an array to the device costs a third of a millisecond, however small: they go in heaps of these many bytes.
 AT_ONCE = 64 * 2**20
-THREADS = min(4, os.cpu_count() or 1)
+THREADS, AHEAD = min(4, os.cpu_count() or 1), 3
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,28 @@ class _Cast:
 
 
 def _read_whole(plan: Plan, checkpoint: Checkpoint, cast: _Cast, progress: Progress) -> dict[str, Any]:
-    """Every array on the default device: tensors of a heap are read by several threads, then handed over at once."""
+    """Every array on the default device: tensors are read by several threads, and handed over a heap at a time."""
     total, done, arrays = _size(plan, checkpoint, plan.links), 0, {}
     get = lambda key: cast(plan.names[key], checkpoint.get(plan.names[key]))
+    job = lambda link: {path: _handed(x) for path, x in link.read(get).items()}
     with ThreadPoolExecutor(THREADS) as threads:
-        for heap in _heaps(plan, checkpoint):
-            read = threads.map(lambda link: {path: _handed(x) for path, x in link.read(get).items()}, heap)
-            arrays |= jax.device_put({path: x for leaves in read for path, x in leaves.items()})
+        for heap, read in _ahead(threads, job, _heaps(plan, checkpoint)):
+            arrays |= jax.device_put({path: x for leaves in read for path, x in leaves.result().items()})
             done += _size(plan, checkpoint, heap)
             progress(done, total)
     return arrays
+
+
+def _ahead(
+    threads: ThreadPoolExecutor, job: Callable[[Link], Any], heaps: Iterator[list[Link]]
+) -> Iterator[tuple[list[Link], list[Future]]]:
+    """Each heap with what its jobs will give; those of the next ones are under way already."""
+    waiting: deque[tuple[list[Link], list[Future]]] = deque()
+    for heap in heaps:
+        waiting.append((heap, [threads.submit(job, link) for link in heap]))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def expected_memory(plan: Plan, checkpoint: Checkpoint, form: Form) -> tuple[int, int]:
@@ -149,7 +162,7 @@ def _size(plan: Plan, checkpoint: Checkpoint, links: Any) -> int:
 
 def _handed(x: np.ndarray) -> Any:
     """The array in memory of its own, ready for the device; one that is not in C order is there already."""
-    # JAX turns a matrix three times as fast as NumPy; one thread turns while another reads, and what is read is freed.
+    # JAX puts strides in order three times as fast as NumPy, and what was read is free again before the next.
     if not x.flags.c_contiguous:
         return jax.block_until_ready(jax.device_put(x))
     # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive.

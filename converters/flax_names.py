@@ -16,6 +16,8 @@ from .spelling import Spelling
 
 if TYPE_CHECKING:
     from .family import Family
+else:
+    Family = object  # whose file imports this one, by way of the containers
 
 ENDINGS = ("kernel", "scale", "embedding")
 NORMS = ("layernorm", "layer_norm")
@@ -52,7 +54,7 @@ class Flax:
     inner: Spelling
 
     @classmethod
-    def of(cls, keys: Collection[str], family: "Family") -> "Flax":
+    def of(cls, keys: Collection[str], family: Family) -> "Flax":
         return cls(family.spell(_by_dotted(keys), family))
 
     def names(self, keys: Collection[str]) -> dict[str, str]:

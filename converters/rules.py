@@ -1,5 +1,6 @@
 """The table that relates a checkpoint's keys to a model's leaves, and its expansion on a concrete model."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Rule:
     def expand(self, leaves: Mapping[str, Any]) -> Iterator["Link"]:
         """One link for every place in the model at which this rule applies."""
         for template in dict.fromkeys((self.ours[0], self.ours[0].replace(".{i}", ""))):
-            pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
+            pattern = _pattern(template)
             ours = self.ours if template == self.ours[0] else tuple(o.replace(".{i}", "") for o in self.ours)
             for match in filter(None, map(pattern.fullmatch, leaves)):
                 yield self._link(ours, match.groupdict(), leaves[match.group()])
@@ -71,6 +72,11 @@ class Link:
             flat = [[leaf] for leaf in leaves]
         rows = (self.op.backward(*row) for row in zip(*flat, strict=True))
         return {key: x for keys, row in zip(self.theirs, rows, strict=True) for key, x in zip(keys, row, strict=True)}
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
 def _columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:

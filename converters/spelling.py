@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from .family import Family
+else:
+    Family = object  # whose file imports this one
 
 
 @runtime_checkable
@@ -21,7 +23,7 @@ class Spelling(Protocol):
         ...
 
 
-def is_bare(keys: Collection[str], family: "Family") -> bool:
+def is_bare(keys: Collection[str], family: Family) -> bool:
     """Whether most of a file's encoder keys lack the family's prefix: a stray key does not decide."""
     inside = tuple(f"{family.prefix}{step}." for step in family.roots)
     inner, outer = sum(key.startswith(inside) for key in keys), sum(key.split(".")[0] in family.roots for key in keys)
@@ -41,7 +43,7 @@ class Prefixed:
     old_endings: bool
 
     @classmethod
-    def of(cls, keys: Collection[str], family: "Family") -> "Prefixed":
+    def of(cls, keys: Collection[str], family: Family) -> "Prefixed":
         old = any(key.endswith(ending) for key in keys for ending in family.legacy)
         return cls(family.prefix, family.roots, is_bare(keys, family), family.legacy, old)
 

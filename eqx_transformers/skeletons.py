@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 
 from .nn import Stack, _trees, stack
+from .nn._shapes import SHAPES_ONLY
 from .nn._trees import describe, is_array_like
 from .surgery.paths import spell
 
@@ -26,7 +27,11 @@ def skeleton(model_class: Callable[..., Any], config: Any, stacked: bool | tuple
                 model = eqx.tree_at(lambda m, path=path: stacks(m)[path], model, stack(stacks(model)[path]))
         return model
 
-    return eqx.filter_eval_shape(make)
+    token = SHAPES_ONLY.set(True)
+    try:
+        return eqx.filter_eval_shape(make)
+    finally:
+        SHAPES_ONLY.reset(token)
 
 
 def stacks(model: Any) -> dict[str, Stack]:

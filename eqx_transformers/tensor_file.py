@@ -68,6 +68,11 @@ class Spec:
         return sum(end - start for start, end in self.ranges)
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether it is a matrix whose transpose lies there in C order."""
+        return len(self.shape) == 2 and self.strides == (1, self.shape[0]) and 0 not in self.shape
+
+    @property
     def transposed(self) -> "Spec":
         """The transpose of a matrix in C order: the same bytes, seen the other way."""
         rows, columns = self.shape
@@ -119,8 +124,12 @@ def _cause(path: str | os.PathLike[str], file: BinaryIO, said: str) -> str:
 def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
     """The tensor as an array in a buffer of its own, aligned to 64 bytes, so that JAX on a CPU adopts it.
 
-    Never a view of the file: an array that aliased a memory map would change when somebody writes to the file.
+    Never a view of the file: an array that aliased a memory map would change when somebody writes to the file. A
+    matrix that lies there transposed is turned on the way, without a second buffer of its size; other views come as
+    views of a buffer of what they span.
     """
+    if spec.is_transposed and not spec.more:
+        return _turned(file, spec)
     view, at = aligned(spec.stored), 0
     for start, end in spec.ranges:
         file.seek(start)
@@ -129,6 +138,26 @@ def read_tensor(file: BinaryIO, spec: Spec) -> np.ndarray:
             raise EOFError(f"expected {end - start} bytes at {start}, found {got}")
         at += got
     return _shaped(view, spec)
+
+
+# Of a matrix that is turned: so many bytes are read at a time, which a core's cache holds, and so many rows are then
+# written side by side, a cache line of each of the result's rows.
+STRIP, SIDE_BY_SIDE = 2**18, 16
+
+
+def _turned(file: Any, spec: Spec) -> np.ndarray:
+    dtype, (columns, rows) = DTYPES[spec.dtype], spec.shape
+    out = aligned(spec.stored).view(dtype).reshape(spec.shape)
+    strip = np.empty((SIDE_BY_SIDE * max(1, STRIP // (SIDE_BY_SIDE * columns * dtype.itemsize)), columns), dtype)
+    file.seek(spec.start)
+    for row in range(0, rows, len(strip)):
+        part = strip[: rows - row]
+        if (got := fill(file, part.reshape(-1).view(np.uint8).data)) != part.nbytes:
+            raise EOFError(f"expected {part.nbytes} bytes at {file.tell() - got}, found {got}")
+        for i in range(0, len(part), SIDE_BY_SIDE):
+            few = part[i : i + SIDE_BY_SIDE]
+            out[:, row + i : row + i + len(few)] = few.T
+    return out
 
 
 def mapped(path: str | os.PathLike[str], spec: Spec) -> np.ndarray:

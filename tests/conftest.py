@@ -1,8 +1,15 @@
-"""What holds for every test: shapes are checked by the import hook (pyproject.toml), ranks are never promoted."""
+"""What holds for every test: types and shapes are checked by import hooks, ranks are never promoted.
+
+The models' shapes are checked by jaxtyping's hook (pyproject.toml). The converters handle whole files and have no
+shapes in their signatures: beartype's own hook checks their types at a tenth of the cost.
+"""
 
 import jax
 import jaxtyping
 import pytest
+from beartype.claw import beartype_package
+
+beartype_package("converters")  # before anything imports it
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tiny models cost their compilation and nothing else. Real weights run with everything on: `make run`, `benchmarks/`.

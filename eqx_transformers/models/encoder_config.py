@@ -1,5 +1,6 @@
 """What BERT and its kin differ in, as data: one config class, and the facts of each family."""
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -7,6 +8,7 @@ import jax
 from jax.nn.initializers import Initializer
 
 from ..nn import ACTIVATIONS
+from ..nn._shapes import traced_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +118,19 @@ class EncoderConfig:
     @property
     def initializer(self) -> Initializer:
         """How every matrix is drawn."""
-        if self.init == "truncated":
-            # JAX's own cuts at two standard deviations of the normal, and keeps its name for them: so does Haiku's.
-            return jax.nn.initializers.truncated_normal(self.init_std)
-        return jax.nn.initializers.normal(self.init_std)
+        return _initializer(self.init, self.init_std)
 
     @property
     def table_dim(self) -> int:
         """The width of the embedding tables."""
         return self.embed_dim if self.embedding_dim is None else self.embedding_dim
+
+
+@functools.cache
+def _initializer(init: str, std: float) -> Initializer:
+    # JAX's own cuts at two standard deviations of the normal, and keeps its name for them: so does Haiku's.
+    draw = jax.nn.initializers.truncated_normal if init == "truncated" else jax.nn.initializers.normal
+    return traced_once(draw(std))
 
 
 def _words(kind: Any) -> tuple[str, ...]:
