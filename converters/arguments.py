@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--head", choices=sorted(HEADS), help="this class in the place of the file's architecture")
     parser.add_argument("--labels", type=int, metavar="N", help="number of labels of a classifier")
     parser.add_argument("--no-strict", action="store_true", help="draw what is missing, leave out what is unexpected")
-    parser.add_argument("--seed", type=int, default=0, help="of arrays that the file lacks (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of arrays that the file lacks (default 0)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto keeps the file's own")
     parser.add_argument("--allow-overflow", action="store_true", help="with --dtype: what is out of range is infinite")
     parser.add_argument("--scan", action="store_true", help="look for NaN and infinities in every tensor first")
@@ -68,6 +68,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.out is None and not is_native(args.source):
         args.out = Path(f"{_name(args)}.eqx")
     return args
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise ValueError(text)
+    return int(text)
+
+
+_seed.__name__ = "a seed from 0 to 4294967295"  # what argparse says of another
 
 
 def _expect_sense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

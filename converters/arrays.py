@@ -93,8 +93,13 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         specs, _ = tensor_file.read_header(path)
     except DamagedFile as error:
         raise MalformedCheckpoint(str(error)) from error
-    with open(path, "rb", buffering=0) as file:
-        return {name: tensor_file.read_tensor(file, spec) for name, spec in specs.items()}
+    if odd := [f"{name} is {spec.dtype}" for name, spec in specs.items() if spec.numpy_dtype is None]:
+        raise MalformedCheckpoint(f"{path}: {odd[0]}, which NumPy does not have. Save it in float32 or bfloat16.")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return {name: tensor_file.read_tensor(file, spec) for name, spec in specs.items()}
+    except EOFError as error:
+        raise MalformedCheckpoint(f"{path} ended while it was read ({error}). Did it change?") from error
 
 
 def read_config(path: str | os.PathLike[str], given: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A Hugging Face directory as a config, the shapes of its tensors, and a way to read one at a time."""
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from eqx_transformers import tensor_file
 from eqx_transformers.tensor_file import Spec
 
-from .containers import open_weights
+from .containers import Stamp, open_weights, stamp
 from .errors import MalformedCheckpoint, SourceNotFound
 from .files import read_json
 
@@ -29,6 +30,7 @@ class Checkpoint:
     layout: dict[str, list[str]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     container: str = "arrays"
+    stamps: dict[str, Stamp] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -43,7 +45,10 @@ class Checkpoint:
         path = self.directory / self._file_of[key]
         try:
             with open(path, "rb", buffering=0) as file:
-                return tensor_file.read_tensor(file, self.specs[key])
+                self._expect_unchanged(path, os.fstat(file.fileno()))
+                found = tensor_file.read_tensor(file, self.specs[key])
+                self._expect_unchanged(path, os.fstat(file.fileno()))
+            return found
         except EOFError as error:
             raise MalformedCheckpoint(f"{path} ended while {key} was read ({error}). Did it change?") from error
 
@@ -53,7 +58,14 @@ class Checkpoint:
             return self.arrays[key]
         if self.specs[key].more:
             return self.get(key)
-        return tensor_file.mapped(self.directory / self._file_of[key], self.specs[key])
+        path = self.directory / self._file_of[key]
+        self._expect_unchanged(path, os.stat(path))
+        return tensor_file.mapped(path, self.specs[key])
+
+    def _expect_unchanged(self, path: Path, status: os.stat_result) -> None:
+        """Offsets are those of the header that was read: of another file they would give plausible garbage."""
+        if path.name in self.stamps and stamp(status) != self.stamps[path.name]:
+            raise MalformedCheckpoint(f"{path} changed after its header was read. Is somebody writing it? Load again.")
 
     def size(self, key: str) -> int:
         return self.specs[key].stored
@@ -66,7 +78,14 @@ def open_directory(directory: Path) -> Checkpoint:
     config = _config(directory)
     weights = open_weights(directory)
     return Checkpoint(
-        directory, config, weights.specs, weights.layout, weights.metadata, weights.container.name, notes=weights.notes
+        directory,
+        config,
+        weights.specs,
+        weights.layout,
+        weights.metadata,
+        weights.container.name,
+        weights.stamps,
+        weights.notes,
     )
 
 

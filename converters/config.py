@@ -122,18 +122,25 @@ def read(
         value = config.get(name)
         if value is not None and value not in allowed:
             wrong.append(f"{name} = {value!r} is not supported (only {' or '.join(map(repr, allowed))})")
-    known = {one.theirs for one in facts} | fixed.keys() | irrelevant
-    unknown = {} if lenient else {k: v for k, v in config.items() if k not in known and v is not None}
-    wrong += [f"{name} = {_short(value)} is unknown" for name, value in sorted(unknown.items())]
+    strange = [] if lenient else unknown(config, facts, fixed, irrelevant)
+    wrong += [f"{name} = {_short(config[name])} is unknown" for name in strange]
     if wrong:
         hint = (
             " strict=False (--no-strict) ignores unknown fields, if you know that they change nothing."
-            if unknown
+            if strange
             else ""
         )
         lines = "\n  ".join(wrong)
         raise UnsupportedConfig(f"config.json has facts that are not understood:\n  {lines}\n{hint}".rstrip())
     return ours
+
+
+def unknown(
+    config: Mapping[str, Any], facts: tuple[Fact, ...], fixed: Mapping[str, Any], irrelevant: frozenset[str]
+) -> list[str]:
+    """The fields of which nothing is known; a null says nothing."""
+    known = {one.theirs for one in facts} | fixed.keys() | irrelevant
+    return sorted(name for name, value in config.items() if name not in known and value is not None)
 
 
 def write(ours: Any, facts: tuple[Fact, ...], original: Mapping[str, Any] | None = None) -> dict[str, Any]:

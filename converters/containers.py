@@ -1,5 +1,6 @@
 """The containers that weights come in, and how a directory and its index say which files hold what."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
@@ -10,7 +11,7 @@ from eqx_transformers.tensor_file import DamagedFile, Spec
 
 from . import flax_names, msgpack_reader, torch_reader
 from .errors import MalformedCheckpoint, UnsafeCheckpoint
-from .files import read_json
+from .files import is_one_component, read_json
 
 Header = tuple[dict[str, Spec], dict[str, str]]
 
@@ -52,21 +53,37 @@ CONTAINERS = (
     Container("flax", "flax_model.msgpack", ".msgpack", _flax),
 )
 SAFETENSORS = CONTAINERS[0]
+# The names of weights, as globs: those of an earlier model beside a new one would be taken for it, or for more of it.
+WEIGHTS = tuple(
+    pattern
+    for one in CONTAINERS
+    for pattern in (one.weights, one.index, one.weights.removesuffix(one.ending) + f"-*-of-*{one.ending}")
+)
 KNOWN = tuple(name for one in CONTAINERS for name in (one.weights, one.index))
 # Weights that are there and not read, by the ends of their names.
+MAX_TENSORS, MAX_NAME = 100_000, 1000
 OTHERS = (".h5", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")
+
+
+Stamp = tuple[int, ...]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What tells whether a file is still the one whose header was read."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Weights:
     """What a directory's weights are, from headers: `specs` by key, and which of `layout`'s files holds each.
 
-    `notes` say what else lies there and was not read.
+    `stamps` of the files; `notes` say what else lies there and was not read.
     """
 
     container: Container
     specs: dict[str, Spec]
     layout: dict[str, list[str]]
+    stamps: dict[str, Stamp]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -76,9 +93,10 @@ def open_weights(directory: Path) -> Weights:
     container, whole = _preferred(directory)
     weight_map = {} if whole else read_weight_map(directory / container.index, container)
     files = [container.weights] if whole else sorted(set(weight_map.values()))
-    specs, layout, metadata = {}, {}, {}
+    specs, layout, stamps, metadata = {}, {}, {}, {}
     for name in files:
-        found, metadata = _header(directory / name, container)
+        found, more, stamps[name] = _header(directory / name, container)
+        metadata |= more
         for key in found.keys() & specs.keys():
             first = next(file for file, keys in layout.items() if key in keys)
             raise MalformedCheckpoint(
@@ -89,20 +107,28 @@ def open_weights(directory: Path) -> Weights:
         layout[name] = list(found)
     if not whole:
         _expect_agreement(directory / container.index, weight_map, layout)
-        _expect_total(directory / container.index, specs)
+        _expect_total(directory / container.index, specs, layout)
     if not specs:
         raise MalformedCheckpoint(f"{directory}: {', '.join(files)} holds no tensors. Save the model again.")
-    return Weights(container, specs, layout, metadata, _unread(directory, container, files, whole))
+    _expect_names(directory, specs)
+    return Weights(container, specs, layout, stamps, metadata, _unread(directory, container, files, whole))
 
 
 def _preferred(directory: Path) -> tuple[Container, bool]:
     """The container, and whether it is one file."""
     for one in CONTAINERS:
-        if (directory / one.weights).is_file():
-            return one, True
-        if (directory / one.index).is_file():
-            return one, False
+        for name in (one.weights, one.index):
+            if os.path.lexists(directory / name):
+                _expect_file(directory / name)
+                return one, name == one.weights
     raise MalformedCheckpoint(f"{directory} has no weights: none of {', '.join(KNOWN)}.{_near(directory)}")
+
+
+def _expect_file(path: Path) -> None:
+    """A link to nothing must not let a checkpoint that is there in second place step in."""
+    if not path.is_file():
+        what = "is a link to nothing" if path.is_symlink() else "is not a file"
+        raise MalformedCheckpoint(f"{path} {what}. Was a cache cleared, or a copy made of links? Fetch it again.")
 
 
 def _near(directory: Path) -> str:
@@ -122,11 +148,24 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _header(path: Path, container: Container) -> Header:
+def _expect_names(directory: Path, specs: dict[str, Spec]) -> None:
+    """Names go into reports and are compared with each other: they can neither forge a line nor take an hour."""
+    if len(specs) > MAX_TENSORS:
+        raise MalformedCheckpoint(f"{directory} holds {len(specs)} tensors; {MAX_TENSORS} is the most that is read.")
+    for key in specs:
+        if len(key) > MAX_NAME or not key.isprintable():
+            raise MalformedCheckpoint(f"{directory} holds a tensor with the name {key[:80]!r}: the file is damaged.")
+
+
+def _header(path: Path, container: Container) -> tuple[dict[str, Spec], dict[str, str], Stamp]:
     if not path.is_file():
         raise MalformedCheckpoint(f"{path} is missing, but the index names it. Was the download complete?")
     try:
-        return container.read(path)
+        before = stamp(os.stat(path))
+        header = container.read(path)
+        if stamp(os.stat(path)) != before:
+            raise MalformedCheckpoint(f"{path} changed while its header was read. Is it still being written?")
+        return *header, before
     except OSError as error:
         raise MalformedCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -140,15 +179,11 @@ def read_weight_map(index: Path, container: Container) -> dict[str, str]:
         )
     for key, name in weight_map.items():
         # One path component, so that an index cannot make us read files from elsewhere; the hub cache's symlinks may.
-        if not isinstance(name, str) or not _is_one_component(name) or not name.endswith(container.ending):
+        if not isinstance(name, str) or not is_one_component(name) or not name.endswith(container.ending):
             raise UnsafeCheckpoint(
                 f"{index} maps {key!r} to {name!r}; a shard must be the name of a {container.ending} file beside it."
             )
     return weight_map
-
-
-def _is_one_component(name: str) -> bool:
-    return Path(name).name == name and not set(name) & set("/\\\0")
 
 
 def _expect_agreement(index: Path, weight_map: dict[str, str], layout: dict[str, list[str]]) -> None:
@@ -166,17 +201,18 @@ def _expect_agreement(index: Path, weight_map: dict[str, str], layout: dict[str,
 AGAIN = "Index and shards are of one save only together: fetch all of them again, or save the model again."
 
 
-def _expect_total(index: Path, specs: dict[str, Spec]) -> None:
+def _expect_total(index: Path, specs: dict[str, Spec], layout: dict[str, list[str]]) -> None:
     """`total_size`, where it is stated, counts every tensor, or (torch of old) memory that two share once."""
     metadata = read_json(index).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated is None or any(s.numpy_dtype is None for s in specs.values()):
         return
     size = lambda s: prod(s.shape) * s.numpy_dtype.itemsize
-    every, once = sum(map(size, specs.values())), sum({(s.ranges, s.dtype): size(s) for s in specs.values()}.values())
+    places = {(file, specs[k].ranges, specs[k].dtype): size(specs[k]) for file, keys in layout.items() for k in keys}
+    every, once = sum(map(size, specs.values())), sum(places.values())
     if isinstance(stated, bool) or stated not in (every, once):
         raise MalformedCheckpoint(
-            f"{index} states a total_size of {stated!r} bytes, but the tensors have {every}. Shards of another version"
+            f"{index} states a total_size of {stated!r}, but the tensors have {every} bytes. Shards of another version"
             " of the model? Fetch or save it again (a total_size that is known to be wrong can be taken out)."
         )
 

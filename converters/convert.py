@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
@@ -15,7 +16,7 @@ from eqx_transformers import serialisation
 from . import hub, hub_headers
 from .checkpoint import Checkpoint, open_directory
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
-from .filling import Form, Progress, expected_memory, filled
+from .filling import Form, Progress, expect_kept, expected_memory, filled
 from .origin import Origin
 from .plan import Plan, Request, make_plan, ties_in
 from .report import Report
@@ -99,6 +100,8 @@ def inspect(
         )
     checkpoint = open_directory(directory)
     plan = make_plan(checkpoint, Request(head, labels, override, strict=strict))
+    if plan.report.ok:
+        expect_kept(plan, checkpoint, form)
     return replace(plan.report, memory=expected_memory(plan, checkpoint, form))
 
 
@@ -147,8 +150,12 @@ def settled(checkpoint: Checkpoint, request: Request, **options: Any) -> Plan:
 
 
 def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    ours, theirs = checkpoint.specs[a], checkpoint.specs[b]
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
     x, y = checkpoint.get(a), checkpoint.get(b)
-    return x.dtype == y.dtype and x.tobytes() == y.tobytes()
+    as_bytes = lambda z: np.ascontiguousarray(z).reshape(-1).view(np.uint8)
+    return bool(np.array_equal(as_bytes(x), as_bytes(y)))
 
 
 def _native(directory: Path, head: Any, labels: Any, override: Any, stacked: bool, form: Form) -> tuple[Any, Origin]:

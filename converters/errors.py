@@ -1,5 +1,6 @@
 """What can go wrong with a checkpoint, one class a kind. All are `ConversionError`, which is a `ValueError`."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,3 +39,7 @@ class Mismatch(ConversionError):
     def __init__(self, message: str, report: Report):
         super().__init__(message)
         self.report = report
+
+    def __reduce__(self) -> tuple:
+        # To another process: the operations of `links` are functions, which do not travel.
+        return type(self), (str(self), replace(self.report, links=()))

@@ -16,6 +16,8 @@ from .ops import SAME
 from .report import Report, Shape, nearest
 from .rules import Ignore, Link, Table, Tie
 
+LISTED = 20  # of the unexpected keys, so many come with the nearest name: looking for it takes milliseconds a key
+
 
 def examine(
     table: Table,
@@ -58,8 +60,10 @@ def examine(
         elif any(fnmatchcase(spell(key), glob) for glob in allow_unexpected):
             ignored[spell(key)] = "allowed by allow_unexpected"
         else:
-            unexpected[spell(key)] = nearest(spell(key), [spell(k) for k in claimed if k not in specs] or list(claimed))
+            unexpected[spell(key)] = ""
     sort = lambda entries: dict(sorted(entries.items()))
+    known = [spell(k) for k in claimed if k not in specs] or list(claimed)
+    unexpected |= {key: nearest(key, known) for key in sorted(unexpected)[:LISTED]}
     read = [key for link in links for key in link.keys if key in specs]
     held = {spell(key): s for key, s in specs.items()}
     return Report(

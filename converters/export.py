@@ -14,8 +14,8 @@ from eqx_transformers import serialisation, tensor_file
 from eqx_transformers._files import replacing
 from eqx_transformers.skeletons import differences
 
-from . import config as configs, sentence
-from .containers import SAFETENSORS
+from . import config as configs, hub, sentence
+from .containers import SAFETENSORS, WEIGHTS
 from .convert import Source
 from .errors import ConversionError
 from .families import FAMILIES
@@ -23,7 +23,9 @@ from .family import Family
 from .origin import Origin
 from .reference_names import tensors
 
-STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.msgpack", "*.h5", "origin.json")
+# Of an earlier model in the directory: beside the new one they would make another model of it.
+EARLIER = (*WEIGHTS, "tf_model.h5", "origin.json", "1_Pooling", "2_Normalize")
+EARLIER += tuple(name for name in hub.COMPANIONS if "/" not in name)
 
 
 def export(
@@ -48,7 +50,7 @@ def export(
         )
     specs, get = tensors(model)
     shards = _shards(specs, _bytes(max_shard_size))
-    with replacing(directory, stale=STALE, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
+    with replacing(directory, stale=EARLIER, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
         _dump(fresh / "config.json", _config_json(model, origin, specs))
         for name, keys in shards.items():
             tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})
@@ -111,7 +113,8 @@ def _companions(model: Any, origin: Origin | None, fresh: Path) -> None:
         sentence.write(fresh, config.embed_dim, config.pooling, config.normalize)
     if origin is None or origin.directory is None:
         return
-    for name in (name for name in origin.files if name not in sentence.FILES):
+    # Of names that we know, whatever the origin lists: it may come from a directory that somebody else made.
+    for name in (name for name in hub.COMPANIONS if name in origin.files and name not in sentence.FILES):
         path = Path(origin.directory) / name
         if path.is_file():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)

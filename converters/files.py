@@ -14,7 +14,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         if (size := path.stat().st_size) > MOST:
             raise MalformedCheckpoint(f"{path} has {size / 1e6:.0f} MB: too much for a file of names and settings.")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+        text = path.read_bytes()
+        value = json.loads(text, object_pairs_hook=_once)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a pair of surrogates can be escaped, but not written
     except RecursionError as error:
         raise MalformedCheckpoint(f"{path} is nested too deeply to be a file of a model.") from error
     except ValueError as error:
@@ -24,6 +26,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise MalformedCheckpoint(f"{path} holds {_json_name(value)}; expected {_json_name(kind())}.")
     return value
+
+
+def is_one_component(name: str) -> bool:
+    """Whether a name can only be that of a file in the directory at hand."""
+    return Path(name).name == name and name != ".." and not set(name) & set("/\\\0")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

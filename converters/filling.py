@@ -21,7 +21,7 @@ from eqx_transformers.skeletons import stacked_paths
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
 
 from .checkpoint import Checkpoint
-from .errors import ConversionError
+from .errors import ConversionError, Mismatch
 from .plan import Plan
 from .report import Report, expect_ok
 from .rules import Link
@@ -67,7 +67,9 @@ def filled(
     """
     report = replace(plan.report, memory=expected_memory(plan, checkpoint, form))
     expect_ok(report)
-    _expect_kept(plan, checkpoint, form)
+    if report.num_read == 0:
+        raise Mismatch(f"Nothing of the file would be read, so that all of the model would be drawn:\n{report}", report)
+    expect_kept(plan, checkpoint, form)
     drawn = _drawn(plan, key, form)
     if announce is not None:
         announce(report)
@@ -93,8 +95,13 @@ class _Cast:
         if not self.form.allow_overflow and jnp.finfo(y.dtype).max < jnp.finfo(x.dtype).max:
             beyond = np.isinf(y) & ~np.isinf(x)
             if beyond.any():
-                self.lost[key] = int(beyond.sum()), float(np.abs(x[beyond]).max())
+                count, most = self.lost.get(key, (0, 0.0))  # a tensor may come in parts
+                self.lost[key] = count + int(beyond.sum()), max(most, float(np.abs(x[beyond]).max()))
         return y
+
+    def dtype(self, own: Any) -> Any:
+        """The dtype of a tensor whose own is this."""
+        return own if self.form.dtype == "auto" else DTYPES[self.form.dtype]
 
     def expect_nothing_lost(self) -> None:
         if self.lost:
@@ -141,7 +148,9 @@ def expected_memory(plan: Plan, checkpoint: Checkpoint, form: Form) -> tuple[int
     held = sum(sizes) + sum(leaves[path].size * leaves[path].dtype.itemsize for path in plan.report.new)
     if form.dtype != "auto":
         held = sum(x.size for x in leaves.values() if is_array_like(x)) * jnp.dtype(DTYPES[form.dtype]).itemsize
-    return held, min(sum(sizes), AT_ONCE + max(sizes, default=0))
+    there = lambda link: [plan.names[key] for key in link.keys if key in plan.names]
+    most = max((sum(map(checkpoint.size, there(link))) for link in plan.links), default=0)
+    return held, min(2 * sum(sizes), (AHEAD + 1) * AT_ONCE + 2 * most)
 
 
 def _heaps(plan: Plan, checkpoint: Checkpoint) -> Iterator[list[Link]]:
@@ -175,7 +184,7 @@ def _root(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _expect_kept(plan: Plan, checkpoint: Checkpoint, form: Form) -> None:
+def expect_kept(plan: Plan, checkpoint: Checkpoint, form: Form) -> None:
     """Nothing would be narrowed that was not asked to be; known before a tensor is read."""
     for key in (plan.names[key] for link in plan.links for key in link.keys):
         own = checkpoint.specs[key].numpy_dtype

@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(args, said)
     except Mismatch as error:
         code = _failed(said | {"report": error.report.as_json()}, UNCLEAN, error, as_json)
+    except BrokenPipeError:
+        raise
     except (WrongUsage, SourceNotFound, ImportError, OSError) as error:
         code = _failed(said, USAGE, error, as_json)
     except ConversionError as error:
@@ -187,5 +191,19 @@ def _progress(args: argparse.Namespace) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _exit() -> None:
+    """As a program: whoever closes the pipe, or interrupts, is not told off with a traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say goes nowhere
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left half-written", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit()

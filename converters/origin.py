@@ -42,5 +42,15 @@ class Origin:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Origin":
-        """The inverse of `as_json`; fields of later versions are left out."""
-        return cls(**{f.name: value[f.name] for f in fields(cls) if f.name in value})
+        """The inverse of `as_json`; fields of later versions are left out. Raises a `TypeError` for other types."""
+        given = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        for name, x in given.items():
+            kind = KINDS.get(name, dict)
+            if not (isinstance(x, kind) or (x is None and name in ("revision", "directory"))):
+                raise TypeError(f"its {name} is {type(x).__name__}")
+        if not all(isinstance(name, str) for name in given.get("files", ())):
+            raise TypeError("its files are not names")
+        return cls(**given)
+
+
+KINDS = dict.fromkeys(("source", "family", "architecture", "revision", "directory"), str) | {"files": list}

@@ -82,6 +82,7 @@ def make_plan(
     family = _family(fields_) if family is None else family
     spelling = _spelling(checkpoint, family)
     names = spelling.names(checkpoint.specs)
+    _expect_all_named(names, checkpoint.specs)
     dressed = _dressed(checkpoint.directory, family, request.head)
     architecture = _architecture(fields_, family, names, checkpoint)
     bare = bool(family.roots) and is_bare(_keys(checkpoint), family)
@@ -115,6 +116,7 @@ def make_plan(
             *checkpoint.notes,
             *notes,
             *([flax_names.NOTE] if checkpoint.container == "flax" else []),
+            *_unknown_note(fields_, family, request),
             *_dtype_note(fields_, checkpoint.specs),
             *_notes(untied, architecture, bare and not family.is_bare(model_class) and not request.head),
         ),
@@ -128,6 +130,14 @@ def _spelling(checkpoint: Checkpoint, family: Family) -> Spelling:
     if checkpoint.container == "flax":
         return flax_names.Flax.of(checkpoint.specs, family)
     return family.spell(checkpoint.specs, family)
+
+
+def _expect_all_named(names: Mapping[str, str], keys: Collection[str]) -> None:
+    if lost := sorted(set(keys) - set(names.values())):
+        raise MalformedCheckpoint(
+            f"The checkpoint holds {lost[0]} and the same tensor by another name: which is right cannot be known."
+            " Delete one of the two, or save the model again."
+        )
 
 
 def _keys(checkpoint: Checkpoint) -> Collection[str]:
@@ -305,6 +315,13 @@ def _with_surplus(table: Table, read: Sequence[Link], drawn: Sequence[Link]) -> 
     others = [one for one in table if not (isinstance(one, Ignore) and one.parameter and any(map(one.matches, own)))]
     replaced = [Ignore(key, "its array is drawn from the key instead", parameter=True) for k in drawn for key in k.keys]
     return (*others, *replaced)
+
+
+def _unknown_note(fields_: Mapping[str, Any], family: Family, request: Request) -> tuple[str, ...]:
+    strange = [] if request.strict else configs.unknown(fields_, family.facts, family.fixed, family.irrelevant)
+    return (
+        (f"fields of config.json of which nothing is known were passed over: {', '.join(strange)}",) if strange else ()
+    )
 
 
 # In config.json's words: the dtypes that a model is usually held in.

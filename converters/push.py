@@ -9,9 +9,9 @@ from typing import Any
 from eqx_transformers import serialisation
 
 from .checkpoint import open_directory
-from .containers import CONTAINERS
 from .convert import Source
 from .errors import ConversionError, MalformedCheckpoint, NotPushed
+from .export import EARLIER
 from .hub import get_broken_connection, import_hub
 
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass token=; the token needs write access."
@@ -19,12 +19,6 @@ NOTHING = "Nothing was committed."
 AGAIN = "Run again; large files that have arrived are not sent twice."  # of an answer that was lost, nothing is known
 # Of programs that were writing; hidden files and directories are left out too.
 TEMPORARY = ("*.partial", "*.incomplete", "*.tmp", "*.lock", "*~", "__pycache__")
-# Of a model that was there before: `load` would take them in the place of what is pushed, or for more of it.
-WEIGHTS = tuple(
-    pattern
-    for one in CONTAINERS
-    for pattern in (one.weights, one.index, one.weights.removesuffix(one.ending) + f"-*-of-*{one.ending}")
-)
 
 
 def push(
@@ -54,7 +48,7 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         _expect_private(api, repo_id, private)
         there = api.list_repo_files(repo_id, revision=revision)
-        stale = [name for name in there if name not in files and any(fnmatch(name, one) for one in WEIGHTS)]
+        stale = [name for name in there if name not in files and any(fnmatch(name, one) for one in EARLIER)]
         operations = [
             *(hub.CommitOperationDelete(name) for name in stale if "/" not in name),
             *(hub.CommitOperationAdd(name, path) for name, path in files.items()),

@@ -88,6 +88,10 @@ def digest(x: np.ndarray) -> str:
     return found.hexdigest()
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def facts(config: Any) -> dict[str, Any]:
     """The facts of a config that decide what a model computes, as JSON has them."""
     stated = dataclasses.asdict(config).items()
@@ -170,7 +174,8 @@ def write(path: str | os.PathLike[str], record: Recording) -> None:
         "noise": record.noise and {name: getattr(record.noise, name) for name in ("dtype", "path", "reference")},
         "arrays": {name: digest(x) for name, x in arrays.items()},
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "record": json.dumps(said)}
+    text = json.dumps(said)
+    metadata = {"format": FORMAT, "version": str(VERSION), "record": text, "sha256": _sha256(text)}
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as fresh:
         tensor_file.write(Path(fresh) / path.name, specs, lambda name: arrays[name], metadata)
@@ -233,6 +238,8 @@ def _said(path: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path} is a record of version {metadata.get('version')}; this library reads {VERSION}. {AGAIN}"
         )
+    if metadata.get("sha256") != _sha256(metadata.get("record", "")):
+        raise MalformedCheckpoint(f"{path}: the record's description was changed after it was written. {AGAIN}")
     try:
         said = json.loads(metadata.get("record", ""))
     except (ValueError, RecursionError) as error:

@@ -77,7 +77,8 @@ class Report:
         yield "ignored", self.ignored, lambda key, why: f"{key}: {why}"
         yield "dropped", self.dropped, lambda key, why: f"{key}: {why}"
         yield "new", self.new, lambda path, shape: f"{path} {list(shape)}: drawn from the key"
-        yield "missing", self.missing, lambda key, path: f"{key}, needed by {path}{nearest(key, list(self.unexpected))}"
+        there = list(self.unexpected)[:1000]
+        yield "missing", self.missing, lambda key, path: f"{key}, needed by {path}{nearest(key, there)}"
         yield "unexpected", self.unexpected, lambda key, near: f"{key}{near}"
         yield "mismatched", self.mismatched, lambda key, two: f"{key}: expected {list(two[0])}, found {list(two[1])}"
 

@@ -28,7 +28,7 @@ class Scan:
             return f"scanned: {self.num_tensors} tensors hold finite numbers only"
         lines = [f"  {key}: {nan} NaN, {infinite} infinite" for key, (nan, infinite) in self.found.items()]
         return "\n".join(
-            [f"scanned: {len(self.found)} of {self.num_tensors} tensors hold numbers that are none", *lines]
+            [f"scanned: {len(self.found)} of {self.num_tensors} tensors hold numbers that are not finite", *lines]
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MalformedCheckpoint, UnsafeCheckpoint, UnsupportedConfig
-from .files import read_json
+from .files import is_one_component, read_json
 
 # What `write` writes. Other files of sentence-transformers state no facts of the model and are copied.
 FILES = ("modules.json", "1_Pooling/config.json")
@@ -36,7 +36,7 @@ def read(directory: Path) -> dict[str, Any] | None:
 def _inside(path: Path, module: dict[str, Any]) -> str:
     place = module.get("path")
     # One path component, as for shards: a list of modules cannot make us read files from elsewhere.
-    if not isinstance(place, str) or Path(place).name != place or place == "..":
+    if not isinstance(place, str) or (place and not is_one_component(place)):
         raise UnsafeCheckpoint(f"{path} puts a module at {place!r}; it must be the name of a directory beside it.")
     return place
 

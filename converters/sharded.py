@@ -1,7 +1,7 @@
 """Arrays over several devices: of every tensor, each device's process reads the part that lies there."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,7 +16,15 @@ from .plan import Plan
 from .rules import Link
 
 Place = Callable[[str, jax.ShapeDtypeStruct], Sharding]
-Cast = Callable[[str, np.ndarray], np.ndarray]
+
+
+@runtime_checkable
+class Cast(Protocol):
+    """Gives a tensor (of this key of the file) in the dtype that was asked for; `dtype` is that of one of `own`."""
+
+    def __call__(self, key: str, x: np.ndarray) -> np.ndarray: ...
+
+    def dtype(self, own: Any) -> Any: ...
 
 
 def place(sharding: Sharding | Place, path: str, like: Any) -> Sharding:
@@ -34,11 +42,18 @@ def place(sharding: Sharding | Place, path: str, like: Any) -> Sharding:
 def read_parts(
     plan: Plan, checkpoint: Checkpoint, cast: Cast, progress: Callable[[int, int], None], sharding: Sharding | Place
 ) -> dict[str, jax.Array]:
-    """The file is mapped, operations are views of the map, and only what a device needs is copied out of it."""
+    """The file is mapped, operations are views of the map, and only what a device needs is copied out of it.
+
+    A tensor that Flax cut into chunks is read whole.
+    """
     leaves, arrays = leaves_by_path(plan.skeleton), {}
     for i, link in enumerate(plan.links, start=1):
+        # Places first: whoever is asked for them must not find the file mapped.
+        own = checkpoint.specs[plan.names[link.keys[0]]].numpy_dtype
+        like = {path: jax.ShapeDtypeStruct(leaves[path].shape, cast.dtype(own)) for path in link.ours}
+        places = {path: place(sharding, path, like[path]) for path in link.ours}
         for path, rows in _rows(link, lambda key: checkpoint.view(plan.names[key])).items():
-            arrays[path] = _array(leaves[path].shape, place(sharding, path, leaves[path]), rows, link, plan.names, cast)
+            arrays[path] = _array(leaves[path].shape, places[path], rows, link, plan.names, cast)
         progress(i, len(plan.links))
     return arrays
 

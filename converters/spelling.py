@@ -56,9 +56,12 @@ class Prefixed:
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         names: dict[str, str] = {}
-        for key in sorted(keys, key=lambda key: key.endswith(tuple(self.legacy))):
-            modern = self.modern(key)
-            names[key if modern in names else modern] = key
+        # First those that this file spells in its own way: a stray key of today's spelling must not take their place.
+        for key in sorted(keys, key=lambda key: (key.endswith(tuple(self.legacy)), self.modern(key) == key)):
+            name = self.modern(key)
+            if name in names:
+                name = key if key not in names else f"{key} (spelled in two ways)"
+            names[name] = key
         return names
 
     def old(self, key: str) -> str:

@@ -10,6 +10,10 @@ FORMATS = range(1, 11)  # of the archive, as torch counts them
 
 
 AGAIN = "Fetch it, or save it, again."
+SCRIPT = (
+    "It is a TorchScript archive: a program with its tensors. Save the tensors alone with torch:"
+    " torch.save(torch.jit.load(path).state_dict(), path)."
+)
 
 
 def open_archive(file: BinaryIO) -> "Archive":
@@ -29,10 +33,7 @@ def _members(ranges: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         raise MalformedCheckpoint(f"Its members are in more than one folder: {folder} and {stray[0]}. {AGAIN}")
     members = {name.removeprefix(folder).lower(): span for name, span in ranges.items()}
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
-        raise MalformedCheckpoint(
-            "It is a TorchScript archive: a program with its tensors. Save the tensors alone with torch:"
-            " torch.save(torch.jit.load(path).state_dict(), path)."
-        )
+        raise MalformedCheckpoint(SCRIPT)
     return members
 
 

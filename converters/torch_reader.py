@@ -13,10 +13,10 @@ from eqx_transformers.tensor_file import Spec
 
 from . import files, pickle_reader
 from .errors import ConversionError, MalformedCheckpoint
-from .torch_archive import AGAIN, open_archive
-from .torch_tensors import STEPS, Tensors, built, damaged, said
+from .torch_archive import AGAIN, SCRIPT, open_archive
+from .torch_tensors import STEPS, Tensors, built, said
 
-MAX_KEY = 1000  # characters of a tensor's name
+DIRECTORY = 1 << 16  # bytes at the end of an archive, which name its last members
 
 ADVICE = (
     "Only a dictionary of tensors is read. If you trust the file, save the tensors alone: torch.save(state_dict, path),"
@@ -55,8 +55,12 @@ def read_header(path: Path) -> tuple[dict[str, Spec], dict[str, str]]:
 
 
 def _read(file: BinaryIO) -> dict[str, Spec]:
-    if why := _foreign(file.read(512), os.fstat(file.fileno()).st_size):
+    size = os.fstat(file.fileno()).st_size
+    if why := _foreign(file.read(512), size):
         raise MalformedCheckpoint(why)
+    file.seek(max(0, size - DIRECTORY))
+    if b"/constants.pkl" in file.read():  # before the archive is judged: a script's code is compressed in it
+        raise MalformedCheckpoint(SCRIPT)
     archive = open_archive(file)
     code = archive.record("data.pkl", pickle_reader.MAX_BYTES)
     if code[:2] != b"\x80\2":
@@ -96,8 +100,6 @@ def _state_dict(value: Any) -> dict[str, Spec]:
     for key, x in value.items():
         if not isinstance(x, Spec):
             raise MalformedCheckpoint(_not_a_tensor(value, key))
-        if len(key) > MAX_KEY or not key.isprintable():
-            raise damaged(f"a tensor has the name {key[:80]!r}")
     return dict(value)
 
 

@@ -16,7 +16,7 @@ from .errors import MalformedCheckpoint
 from .pickle_reader import Name
 from .torch_archive import AGAIN, Archive
 
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS, MAX_ATTRIBUTES = 8, 64
 MAX_NUMBER = 1 << 60  # of sizes, strides and offsets
 # Tensors may share their bytes, and a stride of 0 repeats them: a small file could declare more than memory holds.
 MAX_RATIO, MAX_EXTRA = 16, 64 << 20
@@ -75,6 +75,7 @@ FIELDS += (
     " name names nbytes ndim output_nr real requires_grad retains_grad shape volatile _backward_hooks _base _cdata"
 )
 FIELDS += " _grad _grad_fn _has_symbolic_sizes_strides _post_accumulate_grad_hooks _python_dispatch _version"
+TAKEN = frozenset(FIELDS.split())
 # The opcodes that torch's own restricted unpickler knows and a Python 3 writes. Protocol 2 has no others for tensors.
 OPCODES = "PROTO STOP NONE NEWTRUE NEWFALSE EMPTY_LIST EMPTY_TUPLE EMPTY_DICT MARK TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND"
 OPCODES += " APPENDS SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT REDUCE BUILD BINPERSID BININT BININT1"
@@ -243,10 +244,10 @@ def _expect_attributes(state: Any) -> None:
     """Of a tensor or parameter; they are not kept, but none may be what torch would act on."""
     if isinstance(state, tuple) and len(state) == 2 and state[1] in (None, {}):
         state = state[0]
-    if state is not None and not isinstance(state, dict):
-        raise damaged(f"a tensor's attributes are {said(state)}")
+    if state is not None and (not isinstance(state, dict) or len(state) > MAX_ATTRIBUTES):
+        raise damaged(f"a tensor's attributes are {said(state)}, or more than {MAX_ATTRIBUTES}")
     for name in state or ():
-        if name in FIELDS.split() or name.startswith("__") or not name.isidentifier():
+        if name in TAKEN or name.startswith("__") or not name.isidentifier():
             raise damaged(f"a tensor's attribute {name[:80]!r} would be set")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_transformers import unstack
+from eqx_transformers import serialisation, unstack
 from eqx_transformers.skeletons import stacked_paths, stacks
 
 from . import convert, noise, recording, reference_names, taps, torch_reference
@@ -123,6 +123,8 @@ def verify(
     known = prepared(record, against)
     if model is None:
         model, origin = convert.load(source, **options)
+    elif origin is not None:
+        _expect_same(source, origin)
     model = _plain(model)
     if known is None:
         known = torch_reference.recorded(model, _with_checkpoint(source, origin), with_gradients=gradients)
@@ -131,6 +133,18 @@ def verify(
     if record is not None:
         recording.write(record, known)
     return compared(model, known, gradients=gradients)
+
+
+def _expect_same(source: convert.Source, origin: Origin) -> None:
+    """`source` is where the model came from: the proof is of that directory, not of another that was named."""
+    path = Path(source)
+    if not path.is_dir() or serialisation.is_native(path):
+        return
+    if origin.directory is None or not path.samefile(origin.directory):
+        raise ConversionError(
+            f"{source} was named, but the origin of the model says that it came from {origin.directory}. Load it from"
+            " the one that is to be verified."
+        )
 
 
 def prepared(record: Any, against: Any) -> Recording | None:
@@ -204,7 +218,9 @@ def _float32(model: Any) -> Any:
 
 def _different_weights(model: Any, known: Recording) -> dict[str, str]:
     paths = reference_names.paths(model)
-    return {name: paths[name] for name, x in recording.tensors(model).items() if known.tensors.get(name) != x}
+    ours = recording.tensors(model)
+    different = {name: paths[name] for name, x in ours.items() if known.tensors.get(name) != x}
+    return different | dict.fromkeys(known.tensors.keys() - ours.keys(), "nothing")
 
 
 def _seen(layers: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:

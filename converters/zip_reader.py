@@ -16,6 +16,7 @@ from .errors import MalformedCheckpoint
 
 MAX_ENTRIES = 1 << 17
 MAX_DIRECTORY = 1 << 25  # bytes
+MAX_EXTRA = 1000  # bytes of an entry's extra fields; torch writes some 30
 MAX_NAME = 500  # bytes; torch's own reader cuts a name off at 511
 END, END_64, LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
 ENTRY, LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
@@ -161,6 +162,8 @@ def _number(name: str, data: bytes, at: int, form: str) -> tuple[int, int]:
 
 def _extra_fields(name: str, extra: bytes) -> dict[int, bytes]:
     fields: dict[int, bytes] = {}
+    if len(extra) > MAX_EXTRA:
+        raise _broken(f"its member {name} has {len(extra)} bytes of extra fields in the directory")
     while extra:
         kind, length = struct.unpack("<2H", extra[:4]) if len(extra) >= 4 else (0, FULL_16)
         if kind in fields or len(extra) < 4 + length:

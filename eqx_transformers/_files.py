@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +29,12 @@ def replacing(
     target = Path(os.path.realpath(directory))
     expect_replaceable(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    fresh.mkdir()
     try:
         yield fresh
         if target.is_dir():
             _keep_the_rest(target, fresh, tuple(stale))
-        os.chmod(fresh, 0o777 & ~_umask())
         flush(fresh)
         swap(fresh, target)
     except OSError as error:
@@ -76,9 +76,3 @@ def _copy(path: Path, to: Path) -> None:
     for inner in path.iterdir():
         _copy(inner, to / inner.name)
     shutil.copystat(path, to)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -92,7 +92,10 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Spec], dict[str
         except safetensors.SafetensorError as error:
             raise DamagedFile(f"{path} is not a whole safetensors file: {_cause(path, file, str(error))}") from error
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=_once)
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_once)
+        except DamagedFile as error:
+            raise DamagedFile(f"{path}: {error}") from error
     metadata = header.pop("__metadata__", {})
     place = lambda entry: [8 + length + at for at in entry["data_offsets"]]
     return {k: Spec(tuple(e["shape"]), e["dtype"], *place(e)) for k, e in header.items()}, metadata
@@ -114,7 +117,7 @@ def _cause(path: str | os.PathLike[str], file: BinaryIO, said: str) -> str:
         return "it is a Git LFS pointer. Run `git lfs pull` where you cloned it."
     if start.lstrip()[:1] == b"<":
         return "it is a web page, probably an error page of the download. Download it again."
-    if start.startswith(b"PK") or start.startswith(b"\x80"):
+    if start[8:9] != b"{" and start.startswith((b"PK", b"\x80")):
         return "it is a pickle of torch under another name."
     if "not fully covered" in said or "invalid header length" in said or size < 8:
         return f"{said}. It has {size} bytes: a download or copy that stopped early? Fetch it again."
