@@ -212,7 +212,7 @@ def _expect_total(index: Path, specs: dict[str, Spec], layout: dict[str, list[st
     every, once = sum(map(size, specs.values())), sum(places.values())
     if isinstance(stated, bool) or stated not in (every, once):
         raise MalformedCheckpoint(
-            f"{index} states a total_size of {stated!r}, but the tensors have {every} bytes. Shards of another version"
+            f"{index} states a total_size of {stated!r} bytes, but the tensors have {every}. Shards of another version"
             " of the model? Fetch or save it again (a total_size that is known to be wrong can be taken out)."
         )
 

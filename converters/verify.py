@@ -123,7 +123,7 @@ def verify(
     known = prepared(record, against)
     if model is None:
         model, origin = convert.load(source, **options)
-    elif origin is not None:
+    elif origin is not None and known is None:
         _expect_same(source, origin)
     model = _plain(model)
     if known is None:
