@@ -20,8 +20,9 @@ from .files import read_json
 from .filling import Form, expected_memory, filled
 from .joblib_reader import open_joblib
 from .origin import Origin
-from .plan import Plan, Request
+from .plan import Plan
 from .report import Report
+from .request import Request
 
 
 def from_arrays(

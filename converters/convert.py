@@ -18,8 +18,9 @@ from .checkpoint import Checkpoint, open_directory
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
 from .filling import Form, Progress, expect_kept, expected_memory, filled
 from .origin import Origin
-from .plan import Plan, Request, make_plan, ties_in
+from .plan import Plan, make_plan, ties_in
 from .report import Report
+from .request import Request
 from .sharded import Place
 
 Source = str | os.PathLike[str]

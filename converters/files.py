@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eqx_transformers.tensor_file import named_once
+
 from .errors import MalformedCheckpoint
 
 MOST = 1 << 26  # bytes of one such file; the index of a model of a trillion parameters has some 10 MB
@@ -15,7 +17,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         if (size := path.stat().st_size) > MOST:
             raise MalformedCheckpoint(f"{path} has {size / 1e6:.0f} MB: too much for a file of names and settings.")
         text = path.read_bytes()
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=named_once)
         json.dumps(value, ensure_ascii=False).encode()  # half of a pair of surrogates can be escaped, but not written
     except RecursionError as error:
         raise MalformedCheckpoint(f"{path} is nested too deeply to be a file of a model.") from error
@@ -31,16 +33,6 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def is_one_component(name: str) -> bool:
     """Whether a name can only be that of a file in the directory at hand."""
     return Path(name).name == name and name != ".." and not set(name) & set("/\\\0")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a name come twice; one of its two values would be lost without a word."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"it names {name[:80]!r} twice")
-        fields[name] = value
-    return fields
 
 
 def _json_name(value: Any) -> str:

@@ -93,21 +93,25 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Spec], dict[str
             raise DamagedFile(f"{path} is not a whole safetensors file: {_cause(path, file, str(error))}") from error
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-        except DamagedFile as error:
-            raise DamagedFile(f"{path}: {error}") from error
+            header = json.loads(file.read(length), object_pairs_hook=named_once)
+        except ValueError as error:
+            raise DamagedFile(f"{path}: of its header, {error}") from error
     metadata = header.pop("__metadata__", {})
     place = lambda entry: [8 + length + at for at in entry["data_offsets"]]
     return {k: Spec(tuple(e["shape"]), e["dtype"], *place(e)) for k, e in header.items()}, metadata
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for name, entry in pairs:
-        if name in entries:
-            raise DamagedFile(f"The header names {name[:80]!r} twice.")
-        entries[name] = entry
-    return entries
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (an `object_pairs_hook`). JSON lets a name come twice; one of two values would be lost silently.
+
+    Raises a `ValueError` that gives the name.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"it names {name[:80]!r} twice")
+        fields[name] = value
+    return fields
 
 
 def _cause(path: str | os.PathLike[str], file: BinaryIO, said: str) -> str:

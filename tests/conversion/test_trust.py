@@ -254,6 +254,13 @@ def test_numbers_that_a_load_refuses_are_refused_by_a_dry_run_too(directory, cap
     assert hf.main([str(directory), "--dry-run", "--dtype", "float32"]) == 0
 
 
+def test_a_file_without_any_float_is_refused_and_not_stumbled_over(directory):
+    """What a config says of the dtype is then compared with nothing."""
+    tensors(lambda held: held.update({key: x.astype(np.int8) for key, x in held.items()}))(directory)
+    with pytest.raises(MalformedCheckpoint, match="expected F32, F16, BF16"):
+        converters.inspect(directory)
+
+
 def test_a_mismatch_travels_to_another_process(directory):
     tensors(lambda held: held.pop(KEY))(directory)
     with pytest.raises(Mismatch) as caught:
