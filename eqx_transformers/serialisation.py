@@ -19,16 +19,15 @@ import numpy as np
 
 from . import tensor_file
 from ._files import replacing
-from .models.encoder_config import EncoderConfig
+from .models.backbones import BACKBONES
 from .models.heads import HEADS
-from .models.roberta import Encoder
 from .skeletons import differences, skeleton, stacked_paths
 from .surgery.paths import is_array_like, leaves_by_path, spell
 
 FORMAT, VERSION = "eqx_transformers", 1
-MODELS: dict[str, type] = {"Encoder": Encoder, **HEADS}
+MODELS: dict[str, type] = {one.__name__: one for one in BACKBONES.values()} | HEADS
 OWN = ("config.json", "model.safetensors", "extras.json", "origin.json")
-CONFIGS = {c.__name__: c for c in (EncoderConfig,)}
+CONFIGS = {one.__name__: one for one in BACKBONES}
 
 
 class FormatError(ValueError):

@@ -8,6 +8,7 @@ from .encoder_config import (
     XLM_R as XLM_R,
     EncoderConfig as EncoderConfig,
 )
+from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
 from .heads import (
     CausalLM as CausalLM,
     Discriminator as Discriminator,
@@ -20,5 +21,13 @@ from .heads import (
     SentenceEmbedder as SentenceEmbedder,
     SequenceClassifier as SequenceClassifier,
     TokenClassifier as TokenClassifier,
+)
+from .llama import (
+    LLAMA as LLAMA,
+    MISTRAL as MISTRAL,
+    QWEN2 as QWEN2,
+    QWEN3 as QWEN3,
+    Llama as Llama,
+    LlamaConfig as LlamaConfig,
 )
 from .roberta import Encoder as Encoder

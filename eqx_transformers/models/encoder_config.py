@@ -1,14 +1,14 @@
 """What BERT and its kin differ in, as data: one config class, and the facts of each family."""
 
 import functools
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 from jax.nn.initializers import Initializer
 
-from ..nn import ACTIVATIONS
 from ..nn._shapes import traced_once
+from .facts import expect_activations, expect_at_least, expect_rates, expect_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +85,12 @@ class EncoderConfig:
     normalize: bool = True
 
     def __post_init__(self):
-        for name in ("activation", "prediction_activation", "classifier_activation"):
-            chosen = getattr(self, name)
-            if chosen is not None and chosen not in ACTIVATIONS:
-                raise ValueError(f"{name} = {chosen!r} is not one of {', '.join(ACTIVATIONS)}.")
-        for name in ("vocab_size", "embed_dim", "embedding_dim", "num_heads", "mlp_dim", "max_positions", "labels"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
-        for name in ("num_layers", "token_types", "position_offset"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative.")
-        for f in fields(self):
-            value, allowed = getattr(self, f.name), _words(f.type)
-            if allowed and isinstance(value, str) and value not in allowed:
-                raise ValueError(f"{f.name} = {value!r} is not one of {', '.join(allowed)}.")
-        for site in (f.name for f in fields(self) if f.name.endswith("dropout")):
-            rate = getattr(self, site)
-            if isinstance(rate, int | float) and not isinstance(rate, bool) and not 0 <= rate <= 1:
-                raise ValueError(f"{site} = {rate} is not a probability, from 0 to 1.")
+        expect_activations(self, ["activation", "prediction_activation", "classifier_activation"])
+        sizes = ["vocab_size", "embed_dim", "embedding_dim", "num_heads", "mlp_dim", "max_positions", "labels"]
+        expect_at_least(1, self, sizes)
+        expect_at_least(0, self, ["num_layers", "token_types", "position_offset"])
+        expect_words(self)
+        expect_rates(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}.")
         if self.padding_id is None and (self.positions == "after_padding" or self.hides_padding):
@@ -131,12 +119,6 @@ def _initializer(init: str, std: float) -> Initializer:
     # JAX's own cuts at two standard deviations of the normal, and keeps its name for them: so does Haiku's.
     draw = jax.nn.initializers.truncated_normal if init == "truncated" else jax.nn.initializers.normal
     return traced_once(draw(std))
-
-
-def _words(kind: Any) -> tuple[str, ...]:
-    """The words that an annotation allows, in a `Literal` of its own or as a part of a union."""
-    parts = get_args(kind)
-    return tuple(x for x in parts if isinstance(x, str)) or tuple(word for part in parts for word in _words(part))
 
 
 BERT = EncoderConfig(family="bert", vocab_size=30522)

@@ -1,7 +1,7 @@
-"""What all heads share: an encoder below, the config of the whole, and the way onto an encoder that is there."""
+"""What all heads share: a backbone below, the config of the whole, and the way onto a backbone that is there."""
 
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,32 +9,40 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ..nn._errors import within
+from .backbones import BACKBONES, part_of
 from .encoder_config import EncoderConfig
-from .roberta import Encoder, Pooler, as_part
+from .inputs import Ids
+from .roberta import Encoder, Pooler
 
-Ids = Integer[Array | np.ndarray, " seq"]
 Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
 Key = PRNGKeyArray | None
 H = TypeVar("H", bound="Head")
 
 
 class Head(eqx.Module):
-    """What all heads share: the encoder in `backbone`, the config of the whole, and the way onto an encoder."""
+    """What all heads share: the encoder or decoder in `backbone`, the config of the whole, and the way onto a backbone.
 
-    backbone: eqx.AbstractVar[Encoder]
-    config: eqx.AbstractVar[EncoderConfig]
+    `on_decoders` says whether the head is one of decoders too.
+    """
+
+    backbone: eqx.AbstractVar[Any]
+    config: eqx.AbstractVar[Any]
     takes_labels: ClassVar[bool] = False
+    on_decoders: ClassVar[bool] = False
     draws: ClassVar[bool] = True
 
     @classmethod
-    def of(cls: type[H], encoder: Encoder, labels: int | None = None, *, key: Key = None) -> H:
-        """This head on `encoder`, its own parameters drawn from `key`.
+    def of(cls: type[H], encoder: Any, labels: int | None = None, *, key: Key = None) -> H:
+        """This head on `encoder` (or a decoder), its own parameters drawn from `key`.
 
         `labels` says how many where the head has labels (one of a `SequenceClassifier`: a regression), and is None
-        where it has none. Raises a `ValueError` otherwise, and for an encoder that is a part of another model.
+        where it has none. Raises a `ValueError` otherwise, for a head that is none of this kind of backbone, and for a
+        backbone that is a part of another model.
         """
-        if not isinstance(encoder, Encoder):
-            raise ValueError(f"{cls.__name__}.of: expected an Encoder, but it is {type(encoder).__name__}.")
+        kinds = tuple(BACKBONES.values()) if cls.on_decoders else (Encoder,)
+        if not isinstance(encoder, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{cls.__name__}.of: expected an {expected}, but it is {type(encoder).__name__}.")
         if encoder.config is None:
             raise ValueError(
                 "This encoder is a part of another model, which has the config:"
@@ -59,24 +67,27 @@ class Head(eqx.Module):
         with within("head"):
             return self.head(hidden, self.backbone.embedding.tokens)
 
-    def vector(self, hidden: Float[Array, "seq embed_dim"]) -> Float[Array, " embed_dim"]:
-        """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
-        if self.backbone.pooler is None:
-            return hidden[0]
-        with within("backbone.pooler"):
-            return self.backbone.pooler(hidden)
+    def vector(
+        self, hidden: Float[Array, "seq embed_dim"], token_ids: Ids, inputs: dict[str, Input]
+    ) -> Float[Array, " embed_dim"]:
+        """What a sentence-level head reads of them."""
+        with within("backbone"):
+            return self.backbone.summary(hidden, token_ids, **inputs)
 
 
-def backbone_of(
-    config: EncoderConfig, encoder: Encoder | None, key: PRNGKeyArray, *, pooler: bool
-) -> tuple[EncoderConfig, Encoder]:
-    """The config of a model whose encoder has a pooler or none, and that encoder: `encoder`, or a new one."""
+def backbone_of(config: Any, backbone: Any, key: PRNGKeyArray, *, pooler: bool) -> tuple[Any, Any]:
+    """The config of a model whose encoder has a pooler or none, and that encoder: `backbone`, or a new one.
+
+    Of a config of decoders, which have no poolers, its backbone.
+    """
+    if not isinstance(config, EncoderConfig):
+        return config, part_of(BACKBONES[type(config)](config, key=key) if backbone is None else backbone)
     config = replace(config, pooler=pooler)
-    encoder = Encoder(config, key=key) if encoder is None else encoder
+    encoder = Encoder(config, key=key) if backbone is None else backbone
     kept = encoder.pooler if pooler else None
     if pooler and kept is None:
         kept = Pooler(config, key=jax.random.fold_in(key, 1))
-    return config, as_part(encoder, kept, config.causal)
+    return config, part_of(encoder, pooler=kept, causal=config.causal)
 
 
 def two(key: Key) -> tuple[Key, Key]:

@@ -1,7 +1,7 @@
 """What heads are made of: each maps hidden states, or one vector of them, to logits."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -52,6 +52,25 @@ class MaskedLMHead(eqx.Module):
         return logits + jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
 
 
+class LMHead(eqx.Module):
+    """decoder(x), where the tied decoder is the token embedding's `attend`: None, one leaf in the tree."""
+
+    decoder: eqx.Module | None
+
+    def __call__(self, hidden: Float[Array, "*axes embed_dim"], tokens: eqx.Module) -> Float[Array, "*axes vocab"]:
+        with within("decoder"):
+            return tokens.attend(hidden) if self.decoder is None else self.decoder(hidden)
+
+
+def lm_head(config: Any, *, key: PRNGKeyArray) -> eqx.Module:
+    """The head of a causal LM: an encoder's has a layer of its own before the output, a decoder's has not."""
+    if isinstance(config, EncoderConfig):
+        return MaskedLMHead(config, key=key)
+    if config.tied:
+        return LMHead(None)
+    return LMHead(Linear(config.embed_dim, config.vocab_size, use_bias=False, init=config.initializer, key=key))
+
+
 class ClassificationHead(eqx.Module):
     """output(dropout(activation(dense(input_dropout(x))))); without `dense`, output(dropout(x))."""
 
@@ -69,6 +88,7 @@ class ClassificationHead(eqx.Module):
         activation: str | None = None,
         input_rate: float = 0.0,
         rate: float = 0.0,
+        use_bias: bool = True,
         init: Initializer,
         key: PRNGKeyArray,
     ):
@@ -78,7 +98,7 @@ class ClassificationHead(eqx.Module):
         self.dense = None if activation is None else Linear(embed_dim, embed_dim, init=init, key=dense)
         self.activation = None if activation is None else ACTIVATIONS[activation]
         self.dropout = eqx.nn.Dropout(rate)
-        self.output = Linear(embed_dim, labels, init=init, key=output)
+        self.output = Linear(embed_dim, labels, use_bias=use_bias, init=init, key=output)
 
     def __call__(
         self, x: Float[Array, "*axes embed_dim"], *, key: PRNGKeyArray | None = None
@@ -92,6 +112,23 @@ class ClassificationHead(eqx.Module):
         x = self.dropout(x, key=second, inference=off)
         with within("output"):
             return self.output(x)
+
+
+def classification_head(config: Any, *, key: PRNGKeyArray) -> ClassificationHead:
+    """The head of a classifier of whole sequences; a decoder's is one matrix."""
+    if not isinstance(config, EncoderConfig):
+        return ClassificationHead(config.embed_dim, config.labels, use_bias=False, init=config.initializer, key=key)
+    dense = config.classifier == "dense"
+    rate = config.rate("classifier_dropout")
+    return ClassificationHead(
+        config.embed_dim,
+        config.labels,
+        activation=config.classifier_activation if dense else None,
+        input_rate=rate if dense and config.classifier_input_dropout else 0.0,
+        rate=rate,
+        init=config.initializer,
+        key=key,
+    )
 
 
 class Pooling(eqx.Module):

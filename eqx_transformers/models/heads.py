@@ -5,7 +5,7 @@ A head is called as its encoder is: `**inputs` are the keyword arguments of `Enc
 """
 
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
+from ..nn import Cache
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
-from .head import Head, Ids, Input, Key, backbone_of, two
-from .head_parts import ClassificationHead, MaskedLMHead, Pooling
-from .roberta import ONE, Encoder
+from .head import Head, Input, Key, backbone_of, two
+from .head_parts import ClassificationHead, MaskedLMHead, Pooling, classification_head, lm_head
+from .inputs import ONE, Ids
+from .roberta import Encoder
 
 
 class MaskedLM(Head):
@@ -37,22 +39,41 @@ class MaskedLM(Head):
 
 
 class CausalLM(Head):
-    """Scores of the next token at every token: `seq vocab`. The encoder as a decoder: no token sees what follows it.
+    """Scores of the next token at every token: `seq vocab`, on a decoder or on an encoder that is used as one.
 
-    The head is that of `MaskedLM`; a config that is not causal is made so. There is no cross-attention.
+    A decoder's output is one matrix, tied or not; an encoder's head is that of `MaskedLM`, and a config that is not
+    causal is made so. There is no cross-attention.
     """
 
-    backbone: Encoder
+    backbone: Any
     head: eqx.Module
-    config: EncoderConfig = eqx.field(static=True)
+    config: Any = eqx.field(static=True)
+    on_decoders: ClassVar[bool] = True
 
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+    def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(replace(config, causal=True), encoder, body, pooler=False)
-        self.head = MaskedLMHead(config, key=head)
+        config = replace(config, causal=True) if isinstance(config, EncoderConfig) else config
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
+        self.head = lm_head(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
         return self.scores(self.hidden(token_ids, key, inputs))
+
+    def init_cache(self, length: int) -> Cache:
+        """An empty cache with room for `length` tokens; see `Decoder.init_cache`."""
+        with within("backbone"):
+            return self.backbone.init_cache(length)
+
+    def step(
+        self, token_ids: Ids, cache: Cache, *, last: bool = False, **inputs: Input
+    ) -> tuple[Float[Array, "seq vocab"], Cache]:
+        """The scores at tokens that come after those in `cache`, and the cache with theirs.
+
+        `last` computes those at the last token alone, `1 vocab`. See `Decoder.step`.
+        """
+        with within("backbone"):
+            hidden, cache = self.backbone.step(token_ids, cache, **inputs)
+        return self.scores(hidden[-1:] if last else hidden), cache
 
 
 class PreTrainingLogits(NamedTuple):
@@ -79,7 +100,7 @@ class PreTraining(Head):
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> PreTrainingLogits:
         hidden = self.hidden(token_ids, key, inputs)
         prediction = self.scores(hidden)
-        vector = self.vector(hidden)
+        vector = self.vector(hidden, token_ids, inputs)
         with within("next_sentence"):
             return PreTrainingLogits(prediction, self.next_sentence(vector))
 
@@ -97,37 +118,32 @@ class NextSentencePredictor(Head):
         self.head = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "2"]:
-        vector = self.vector(self.hidden(token_ids, key, inputs))
+        vector = self.vector(self.hidden(token_ids, key, inputs), token_ids, inputs)
         with within("head"):
             return self.head(vector)
 
 
 class SequenceClassifier(Head):
-    """Logits ` labels` of a whole sequence; with one label, a regression."""
+    """Logits ` labels` of a whole sequence; with one label, a regression.
 
-    backbone: Encoder
+    On an encoder it reads the pooler or the first token, on a decoder the last token that is not padding.
+    """
+
+    backbone: Any
     head: eqx.Module
-    config: EncoderConfig = eqx.field(static=True)
+    config: Any = eqx.field(static=True)
     takes_labels: ClassVar[bool] = True
+    on_decoders: ClassVar[bool] = True
 
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+    def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=config.classifier == "pooler")
-        dense = config.classifier == "dense"
-        rate = config.rate("classifier_dropout")
-        self.head = ClassificationHead(
-            config.embed_dim,
-            config.labels,
-            activation=config.classifier_activation if dense else None,
-            input_rate=rate if dense and config.classifier_input_dropout else 0.0,
-            rate=rate,
-            init=config.initializer,
-            key=head,
-        )
+        pooler = isinstance(config, EncoderConfig) and config.classifier == "pooler"
+        self.config, self.backbone = backbone_of(config, encoder, body, pooler=pooler)
+        self.head = classification_head(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, " labels"]:
         body, head = two(key)
-        vector = self.vector(self.hidden(token_ids, body, inputs))
+        vector = self.vector(self.hidden(token_ids, body, inputs), token_ids, inputs)
         with within("head"):
             return self.head(vector, key=head)
 
@@ -212,7 +228,7 @@ class MultipleChoice(Head):
     def score(self, token_ids: Ids, inputs: dict[str, Input], key: Key) -> Float[Array, ""]:
         """The logit of one choice."""
         body, head = two(key)
-        vector = self.vector(self.hidden(token_ids, body, inputs))
+        vector = self.vector(self.hidden(token_ids, body, inputs), token_ids, inputs)
         with within("head"):
             return self.head(vector, key=head)[0]
 

@@ -4,7 +4,6 @@ Sources: Devlin et al. 2018, arXiv:1810.04805; Liu et al. 2019, arXiv:1907.11692
 Sanh et al. 2019, arXiv:1910.01108; Clark et al. 2020, arXiv:2003.10555.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import equinox as eqx
@@ -13,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
-from ..nn import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Linear, Mask, Stack
-from ..nn._errors import error_if, within
+from ..nn import ACTIVATIONS, MLP, Attention, Cache, Embedding, LayerCache, LayerNorm, Linear, Mask, Stack
+from ..nn._errors import within
+from ..nn.positions import count
+from .decoder import blocks_of, real_of, stepped
 from .encoder_config import EncoderConfig
+from .inputs import Attended, Ids, mask_of, whole_numbers
 
 
 class EncoderEmbedding(eqx.Module):
@@ -83,27 +85,27 @@ class EncoderEmbedding(eqx.Module):
 
         Raises a `ValueError` when the sequence is longer than the table can hold.
         """
-        before = -1 if self.padding_id is None else self.padding_id  # "after_padding" always has one
-        first = self.offset if self.rule == "index" else before + 1
-        room, seq = self.positions.vocab_size - first, token_ids.shape[-1]
+        room, seq = self.room, token_ids.shape[-1]
         if segment_ids is None and seq > room:
             raise ValueError(
                 f"EncoderEmbedding: a sequence of {seq} tokens is longer than the position table allows, which is"
-                f" {room} ({self.positions.vocab_size} rows, the first {first} not for tokens). Truncate it when"
+                f" {room} ({self.positions.vocab_size} rows, the first {self.first} not for tokens). Truncate it when"
                 " tokenizing, or pass position_ids."
             )
-        counted = jnp.ones_like(token_ids, bool) if self.rule == "index" else token_ids != before
-        real = counted.astype(token_ids.dtype)
-        count = jnp.cumsum(real) - _before_segment(real, segment_ids)
-        return count - 1 + first if self.rule == "index" else count * real + before
+        if self.rule == "index" or self.padding_id is None:
+            return count(jnp.ones_like(token_ids, bool), segment_ids) - 1 + self.first
+        real = token_ids != self.padding_id
+        return jnp.where(real, count(real, segment_ids) - 1 + self.first, self.padding_id)
 
+    @property
+    def first(self) -> int:
+        """The row of the first token."""
+        return self.offset if self.rule == "index" or self.padding_id is None else self.padding_id + 1
 
-def _before_segment(real: Int[Array, " seq"], segment_ids: Int[Array, " seq"] | None) -> Int[Array, " seq"]:
-    """How many tokens were counted before the segment of each token began."""
-    if segment_ids is None:
-        return jnp.zeros_like(real)
-    starts = jnp.concatenate([jnp.ones_like(real[:1]), (segment_ids[1:] != segment_ids[:-1]).astype(real.dtype)])
-    return jax.lax.cummax(jnp.where(starts == 1, jnp.cumsum(real) - real, 0))
+    @property
+    def room(self) -> int:
+        """How many tokens the table of positions has rows for."""
+        return self.positions.vocab_size - self.first
 
 
 class EncoderBlock(eqx.Module):
@@ -139,6 +141,17 @@ class EncoderBlock(eqx.Module):
         inside, after, last = (None, None, None) if key is None else jax.random.split(key, 3)
         with within("attention"):
             y = self.attention(x, mask, key=inside)
+        return self._rest(x, y, after, last)
+
+    def step(
+        self, x: Float[Array, "seq embed_dim"], mask: Mask, cache: LayerCache, index: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "seq embed_dim"], LayerCache]:
+        """The same for tokens after those in `cache`, and the cache with theirs; see `nn.Attention.step`."""
+        with within("attention"):
+            y, cache = self.attention.step(x, mask, cache, index)
+        return self._rest(x, y, None, None), cache
+
+    def _rest(self, x: Array, y: Array, after: PRNGKeyArray | None, last: PRNGKeyArray | None) -> Array:
         x = self._join("attention", x, y, after)
         with within("mlp"):
             y = self.mlp(x)
@@ -189,11 +202,9 @@ class Encoder(eqx.Module):
 
     def __call__(
         self,
-        token_ids: Integer[Array | np.ndarray, " seq"],
+        token_ids: Ids,
         *,
-        attention_mask: Bool[Array | np.ndarray, "*queries seq"]
-        | Integer[Array | np.ndarray, "*queries seq"]
-        | None = None,
+        attention_mask: Attended | None = None,
         token_type_ids: Integer[Array | np.ndarray, " seq"] | None = None,
         position_ids: Integer[Array | np.ndarray, " seq"] | None = None,
         segment_ids: Integer[Array | np.ndarray, " seq"] | None = None,
@@ -205,65 +216,58 @@ class Encoder(eqx.Module):
         `key` switches dropout on. Raises a `ValueError` for a batch (`jax.vmap` the model), for inputs of different
         lengths, and for floating-point ids or masks.
         """
-        ids: Any = _ids("token_ids", token_ids)
-        segments = _ids("segment_ids", segment_ids, ids)
+        ids: Any = whole_numbers("token_ids", token_ids)
+        segments = whole_numbers("segment_ids", segment_ids, ids)
         if attention_mask is None and self.hidden_id is not None:
             attention_mask = ids != self.hidden_id
-        mask = _mask(attention_mask, segments, len(ids), self.causal)
+        mask = mask_of(attention_mask, segments, len(ids), self.causal)
         embed, blocks = (None, None) if key is None else jax.random.split(key)
         with within("embedding"):
             x = self.embedding(
                 ids,
-                token_type_ids=_ids("token_type_ids", token_type_ids, ids),
-                position_ids=_ids("position_ids", position_ids, ids),
+                token_type_ids=whole_numbers("token_type_ids", token_type_ids, ids),
+                position_ids=whole_numbers("position_ids", position_ids, ids),
                 segment_ids=segments,
                 key=embed,
             )
         with within("stack"):
             return self.stack(x, mask, key=blocks)
 
+    def summary(
+        self, hidden: Float[Array, "seq embed_dim"], token_ids: Ids, **inputs: Any
+    ) -> Float[Array, " embed_dim"]:
+        """What a sentence-level head reads: the pooler's vector where there is one, else the first token's state."""
+        if self.pooler is None:
+            return hidden[0]
+        with within("pooler"):
+            return self.pooler(hidden)
 
-def _ids(name: str, x: Any, like: Array | None = None) -> Array | None:
-    """One whole number a token, as int32: counts of tokens would overflow in the bytes that tokenizers save."""
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, but it is {x.dtype}.")
-    if x.ndim == 1 and not x.size:
-        raise ValueError(f"{name} is empty: a model takes a sequence of at least one token.")
-    if x.ndim != 1:
-        raise ValueError(f"{name} must be 'seq', but it is {x.shape}. {ONE}")
-    if like is not None and x.shape != like.shape:
-        raise ValueError(f"{name} must be as long as token_ids, {like.shape[0]}, but it is {x.shape[0]}.")
-    return x.astype(jnp.int32)
+    @property
+    def room(self) -> int:
+        """How many tokens a sequence may have."""
+        return self.embedding.room
 
+    def init_cache(self, length: int) -> Cache:
+        """An empty cache with room for `length` tokens; see `Decoder.init_cache`."""
+        dtype = self.embedding.tokens.weight.dtype
+        return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks_of(self.stack)), length)
 
-def _mask(attention_mask: Any, segments: Int[Array, " seq"] | None, seq: int, causal: bool) -> Mask:
-    """The encoder's mask from what a tokenizer or a packer gives."""
-    if attention_mask is None:
-        return Mask(causal=causal, segments=segments)
-    given = jnp.asarray(attention_mask)
-    if given.shape not in ((seq,), (seq, seq)):
-        wanted = f"{(seq,)} (keys) or {(seq, seq)} (queries, keys)"
-        raise ValueError(f"attention_mask must be {wanted}, but it is {given.shape}. {ONE}")
-    if jnp.issubdtype(given.dtype, jnp.floating):
-        # In an additive mask 0 means attend: read as one of ours, it would hide exactly what should be seen.
-        raise ValueError(f"attention_mask must be bool or integers, 1 where to attend, but it is {given.dtype}.")
-    if given.dtype != jnp.bool_:
-        wrong = (given != 0) & (given != 1)
-        given = error_if(given, wrong, "attention_mask must hold 0 and 1 (or False and True).") != 0
-    keys, dense = (given, None) if given.ndim == 1 else (None, given)
-    return Mask(causal=causal, segments=segments, keys=keys, dense=dense)
-
-
-ONE = "A model takes one sequence: jax.vmap it over a batch."
-
-
-def as_part(encoder: Encoder, pooler: eqx.Module | None, causal: bool) -> Encoder:
-    """The encoder as a part of a model: without a config of its own, which the model carries, and with these."""
-    part = object.__new__(Encoder)
-    changed = {"config": None, "pooler": pooler, "causal": causal}
-    for name, value in ({f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)} | changed).items():
-        object.__setattr__(part, name, value)
-    return part
+    def step(
+        self,
+        token_ids: Ids,
+        cache: Cache,
+        *,
+        attention_mask: Integer[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
+    ) -> tuple[Float[Array, "seq embed_dim"], Cache]:
+        """Of a causal encoder, the hidden states of tokens that come after those in `cache`; see `Decoder.step`."""
+        if not self.causal:
+            raise ValueError("Encoder: every token sees those that follow it, so nothing can be kept in a cache.")
+        ids: Any = whole_numbers("token_ids", token_ids)
+        if attention_mask is None and self.hidden_id is not None:
+            attention_mask = ids != self.hidden_id
+        real = real_of(attention_mask, len(ids))
+        counted = jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0)
+        with within("embedding"):
+            x = self.embedding(ids, position_ids=counted + self.embedding.first)
+        with within("stack"):
+            return stepped(self.stack, x, cache, real)

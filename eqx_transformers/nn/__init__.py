@@ -12,6 +12,8 @@ The axis names in the shapes of this package, always with the same meaning:
 | `head_dim`, `value_dim` | width of one head's queries and keys; of its values |
 | `mlp_dim` | inner width of the feed-forward network |
 | `vocab_size` | rows of an embedding; `vocab` in logits |
+| `length` | slots of a cache |
+| `pairs` | pairs of numbers of a head that rotary positions turn |
 | `labels` | classes of a classifier |
 | `in_features`, `out_features`, `dim` | widths of one layer |
 """
@@ -26,9 +28,11 @@ from .activations import (
     tanh as tanh,
 )
 from .attention import Attention as Attention
+from .cache import Cache as Cache, LayerCache as LayerCache
 from .embedding import Embedding as Embedding
 from .linear import Linear as Linear
 from .mask import Mask as Mask
-from .mlp import MLP as MLP
+from .mlp import MLP as MLP, GatedMLP as GatedMLP
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
+from .positions import Rotary as Rotary, Rotation as Rotation, rotate as rotate
 from .stack import Stack as Stack, stack as stack, unstack as unstack

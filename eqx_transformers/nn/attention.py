@@ -1,17 +1,21 @@
 """Multi-head attention: four projections around `attend`, which decides how the middle runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import equinox as eqx
 import jax
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from . import kernels
 from ._errors import within
+from .cache import LayerCache
 from .linear import Linear, fan_in
 from .mask import Mask
+from .positions import Rotation, rotate
 
 
 class Attention(eqx.Module):
@@ -20,6 +24,8 @@ class Attention(eqx.Module):
     `attend` is a field: `tree_at` replaces the way it is computed (`kernels.attend`) by another, such as
     `kernels.plain`. `num_heads` query heads share `num_kv_heads` key and value heads. The scale $s$ is
     `head_dim ** -0.5` unless given. `dropout` acts on the attention weights.
+    `query_norm` and `key_norm`, where there are any, act on every head before it is turned by its `rotation`.
+    With a `window`, a token sees that many tokens, itself included.
     A query that may see nothing gives zeros, or the mean of all values with `empty="uniform"`.
     Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
@@ -27,12 +33,15 @@ class Attention(eqx.Module):
     query_proj: eqx.Module
     key_proj: eqx.Module
     value_proj: eqx.Module
+    query_norm: eqx.Module | None
+    key_norm: eqx.Module | None
     attend: Callable
     output_proj: eqx.Module
     dropout: eqx.nn.Dropout
     num_heads: int = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
     scale: float | None = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
     empty: Literal["zeros", "uniform"] = eqx.field(static=True)
 
     def __init__(
@@ -42,30 +51,49 @@ class Attention(eqx.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         scale: float | None = None,
+        window: int | None = None,
         dropout: float = 0.0,
         use_bias: bool = True,
+        norm: Callable[[int], eqx.Module] | None = None,
+        output_bias: bool | None = None,
+        output_init: Initializer | None = None,
+        output_proj: eqx.Module | None = None,
         empty: Literal["zeros", "uniform"] = "zeros",
         init: Initializer = fan_in,
         key: PRNGKeyArray,
     ):
+        """`norm` makes `query_norm` and `key_norm` of a head's width; `value_dim` is `head_dim` unless given.
+
+        `output_bias` and `output_init` are `use_bias` and `init` unless given. `output_proj` is taken as it is, if
+        given: a module that maps all heads' results, side by side, to the stream.
+        """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"Attention: embed_dim = {embed_dim} is not a multiple of num_heads = {num_heads}.")
         if num_heads % num_kv_heads:
             raise ValueError(f"Attention: num_heads = {num_heads} is not a multiple of num_kv_heads = {num_kv_heads}.")
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        value_dim = head_dim if value_dim is None else value_dim
         query, key_, value, output = jax.random.split(key, 4)
         dense = lambda outer, k: Linear(embed_dim, outer, use_bias=use_bias, init=init, key=k)
         self.query_proj = dense(num_heads * head_dim, query)
         self.key_proj = dense(num_kv_heads * head_dim, key_)
-        self.value_proj = dense(num_kv_heads * head_dim, value)
+        self.value_proj = dense(num_kv_heads * value_dim, value)
+        self.query_norm = None if norm is None else norm(head_dim)
+        self.key_norm = None if norm is None else norm(head_dim)
         self.attend = kernels.attend
-        self.output_proj = Linear(num_heads * head_dim, embed_dim, use_bias=use_bias, init=init, key=output)
+        if output_proj is None:
+            use_bias = use_bias if output_bias is None else output_bias
+            init = init if output_init is None else output_init
+            output_proj = Linear(num_heads * value_dim, embed_dim, use_bias=use_bias, init=init, key=output)
+        self.output_proj = output_proj
         self.dropout = eqx.nn.Dropout(dropout)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.scale = scale
+        self.window = window
         self.empty = empty
 
     def __call__(
@@ -73,19 +101,69 @@ class Attention(eqx.Module):
         x: Float[Array, "*axes seq embed_dim"],
         mask: Mask | None = None,
         *,
+        rotation: Rotation | None = None,
         bias: Float[Array, "num_heads seq seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*axes seq embed_dim"]:
-        q = self._heads("query_proj", x, self.num_heads)
-        k = self._heads("key_proj", x, self.num_kv_heads)
-        v = self._heads("value_proj", x, self.num_kv_heads)
+        q, k, v = self._projected(x, rotation)
+        return self._mixed(q, k, v, Mask() if mask is None else mask, bias, key)
+
+    def init_cache(self, length: int, dtype: DTypeLike) -> LayerCache:
+        """An empty cache with room for `length` tokens."""
+        heads = self.num_kv_heads
+        return LayerCache(
+            length, heads, self.key_proj.out_features // heads, self.value_proj.out_features // heads, dtype
+        )
+
+    def step(
+        self,
+        x: Float[Array, "seq embed_dim"],
+        mask: Mask,
+        cache: LayerCache,
+        index: Int[Array, ""] | int,
+        *,
+        rotation: Rotation | None = None,
+        bias: Float[Array, "num_heads seq keys"] | None = None,
+    ) -> tuple[Float[Array, "seq embed_dim"], LayerCache]:
+        """The same for tokens that come after those in `cache`, and the cache with theirs, from slot `index` on.
+
+        `mask` is over all of the cache's slots.
+        """
+        q, k, v = self._projected(x, rotation)
+        cache = cache.extended(k, v, index)
+        keys, values = (held.swapaxes(0, 1) for held in (cache.keys, cache.values))
+        return self._mixed(q, keys, values, mask, bias, None), cache
+
+    def _projected(
+        self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None
+    ) -> tuple[Array, Array, Array]:
+        q = self._heads("query", x, self.num_heads)
+        k = self._heads("key", x, self.num_kv_heads)
+        v = self._heads("value", x, self.num_kv_heads)
+        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+    def _heads(
+        self, name: str, x: Float[Array, "*axes seq embed_dim"], heads: int
+    ) -> Float[Array, "*axes seq heads head_dim"]:
+        with within(f"{name}_proj"):
+            y = getattr(self, f"{name}_proj")(x)
+        y = y.reshape(*y.shape[:-1], heads, -1)
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is None:
+            return y
+        with within(f"{name}_norm"):
+            return norm(y)
+
+    def _mixed(
+        self, q: Array, k: Array, v: Array, mask: Mask, bias: Array | None, key: PRNGKeyArray | None
+    ) -> Float[Array, "*axes seq embed_dim"]:
         on = key is not None and not self.dropout.inference
         with within("attend"):
             attended = self.attend(
                 q,
                 k,
                 v,
-                Mask() if mask is None else mask,
+                mask if self.window is None else replace(mask, window=self.window),
                 bias=bias,
                 scale=q.shape[-1] ** -0.5 if self.scale is None else self.scale,
                 rate=self.dropout.p if on else 0.0,
@@ -93,11 +171,4 @@ class Attention(eqx.Module):
                 empty=self.empty,
             )
         with within("output_proj"):
-            return self.output_proj(attended.reshape(*x.shape[:-1], -1))
-
-    def _heads(
-        self, name: str, x: Float[Array, "*axes seq embed_dim"], heads: int
-    ) -> Float[Array, "*axes seq heads head_dim"]:
-        with within(name):
-            y = getattr(self, name)(x)
-        return y.reshape(*y.shape[:-1], heads, -1)
+            return self.output_proj(attended.reshape(*attended.shape[:-2], -1))

@@ -26,16 +26,55 @@ class MLP(eqx.Module):
         *,
         use_bias: bool = True,
         init: Initializer = fan_in,
+        output_init: Initializer | None = None,
         key: PRNGKeyArray,
     ):
+        """`output_init` draws the matrix of `down_proj`: `init` unless given."""
         up, down = jax.random.split(key)
         self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
         self.activation = activation
+        init = init if output_init is None else output_init
         self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
 
     def __call__(self, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
         with within("up_proj"):
             x = self.up_proj(x)
         x = self.activation(x)
+        with within("down_proj"):
+            return self.down_proj(x)
+
+
+class GatedMLP(eqx.Module):
+    """`down_proj(activation(gate_proj(x)) * up_proj(x))` over the last axis, for any leading axes.
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    gate_proj: eqx.Module
+    up_proj: eqx.Module
+    activation: Callable
+    down_proj: eqx.Module
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        activation: Callable,
+        *,
+        use_bias: bool = True,
+        init: Initializer = fan_in,
+        key: PRNGKeyArray,
+    ):
+        gate, up, down = jax.random.split(key, 3)
+        self.gate_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=gate)
+        self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
+        self.activation = activation
+        self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
+
+    def __call__(self, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+        with within("gate_proj"):
+            gate = self.activation(self.gate_proj(x))
+        with within("up_proj"):
+            x = gate * self.up_proj(x)
         with within("down_proj"):
             return self.down_proj(x)

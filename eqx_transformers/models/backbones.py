@@ -1,0 +1,25 @@
+"""Which backbone a config describes, and a backbone as a part of a model."""
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import equinox as eqx
+
+from .encoder_config import EncoderConfig
+from .gpt2 import GPT2, GPT2Config
+from .llama import Llama, LlamaConfig
+from .roberta import Encoder
+
+B = TypeVar("B", bound=eqx.Module)
+
+BACKBONES: dict[type, Any] = {EncoderConfig: Encoder, GPT2Config: GPT2, LlamaConfig: Llama}
+
+
+def part_of(backbone: B, **changed: Any) -> B:
+    """The backbone as a part of a model: without a config of its own, which the model carries, and so changed."""
+    part = object.__new__(type(backbone))
+    changed = {"config": None, **changed}
+    held = {f.name: getattr(backbone, f.name) for f in fields(backbone)}
+    for name, value in (held | changed).items():
+        object.__setattr__(part, name, value)
+    return part
