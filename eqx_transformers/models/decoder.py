@@ -136,6 +136,11 @@ class Decoder(eqx.Module):
         """How many tokens a sequence may have; None where no table of positions ends."""
         return None if self.embedding.positions is None else self.embedding.positions.vocab_size
 
+    @property
+    def hidden_id(self) -> int | None:
+        """The id of the tokens that are hidden where a call gives no mask; None where none are."""
+        return self.padding_id if self.hides_padding else None
+
     def __call__(
         self,
         token_ids: Ids,
@@ -153,8 +158,8 @@ class Decoder(eqx.Module):
         """
         ids: Any = whole_numbers("token_ids", token_ids)
         segments = whole_numbers("segment_ids", segment_ids, ids)
-        if attention_mask is None and self.hides_padding:
-            attention_mask = ids != self.padding_id
+        if attention_mask is None and self.hidden_id is not None:
+            attention_mask = ids != self.hidden_id
         mask = mask_of(attention_mask, segments, len(ids), causal=True)
         given = whole_numbers("position_ids", position_ids, ids)
         if given is None:
@@ -190,8 +195,8 @@ class Decoder(eqx.Module):
         counts: rows of a batch may be padded on the left.
         """
         ids: Any = whole_numbers("token_ids", token_ids)
-        if attention_mask is None and self.hides_padding:
-            attention_mask = ids != self.padding_id
+        if attention_mask is None and self.hidden_id is not None:
+            attention_mask = ids != self.hidden_id
         real = real_of(attention_mask, len(ids))
         position_ids = jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0)
         with within("embedding"):

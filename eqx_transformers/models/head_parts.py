@@ -1,7 +1,7 @@
 """What heads are made of: each maps hidden states, or one vector of them, to logits."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,10 +9,33 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ..nn import ACTIVATIONS, LayerNorm, Linear
+from ..nn import ACTIVATIONS, Embedding, LayerNorm, Linear
 from ..nn._dtypes import wider
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
+
+
+class Factors(NamedTuple):
+    """What the scores of a vocabulary are computed from: `hidden @ weight.T + bias`."""
+
+    hidden: Float[Array, "*axes width"]
+    weight: Float[Array, "vocab_size width"]
+    bias: Float[Array, " vocab_size"] | None
+
+
+def matrix_of(output: eqx.Module) -> tuple[Array, Array | None]:
+    """Weight and bias of an output layer that is a plain `Linear` or `Embedding`.
+
+    Raises a `ValueError` for anything else: what wraps a matrix may compute something else than the matrix does.
+    """
+    if type(output) is Linear:
+        return output.weight, output.bias
+    if type(output) is Embedding:
+        return output.weight, None
+    raise ValueError(
+        f"The output is a {type(output).__name__}, not a plain Linear or Embedding, so its scores cannot be computed"
+        " from one matrix: merge what wraps it, or compute them all at once (a loss's chunk=None)."
+    )
 
 
 class MaskedLMHead(eqx.Module):
@@ -43,13 +66,21 @@ class MaskedLMHead(eqx.Module):
     def __call__(
         self, hidden: Float[Array, "*axes embed_dim"], tokens: eqx.Module
     ) -> Float[Array, "*axes {self.bias.shape[-1]}"]:
-        with within("dense"):
-            x = self.activation(self.dense(hidden))
-        with within("norm"):
-            x = self.norm(x)
+        x = self._transformed(hidden)
         with within("decoder"):
             logits = tokens.attend(x) if self.decoder is None else self.decoder(x)
         return logits + jnp.broadcast_to(self.bias.astype(logits.dtype), logits.shape)
+
+    def factors(self, hidden: Float[Array, "*axes embed_dim"], tokens: eqx.Module) -> Factors:
+        """The scores before they are computed; see `matrix_of`."""
+        weight, bias = matrix_of(tokens if self.decoder is None else self.decoder)
+        return Factors(self._transformed(hidden), weight, self.bias if bias is None else self.bias + bias)
+
+    def _transformed(self, hidden: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes width"]:
+        with within("dense"):
+            x = self.activation(self.dense(hidden))
+        with within("norm"):
+            return self.norm(x)
 
 
 class LMHead(eqx.Module):
@@ -61,6 +92,10 @@ class LMHead(eqx.Module):
         with within("decoder"):
             return tokens.attend(hidden) if self.decoder is None else self.decoder(hidden)
 
+    def factors(self, hidden: Float[Array, "*axes embed_dim"], tokens: eqx.Module) -> Factors:
+        """The scores before they are computed; see `matrix_of`."""
+        return Factors(hidden, *matrix_of(tokens if self.decoder is None else self.decoder))
+
 
 def lm_head(config: Any, *, key: PRNGKeyArray) -> eqx.Module:
     """The head of a causal LM: an encoder's has a layer of its own before the output, a decoder's has not."""
@@ -68,7 +103,9 @@ def lm_head(config: Any, *, key: PRNGKeyArray) -> eqx.Module:
         return MaskedLMHead(config, key=key)
     if config.tied:
         return LMHead(None)
-    return LMHead(Linear(config.embed_dim, config.vocab_size, use_bias=False, init=config.initializer, key=key))
+    # Most decoders know neither word: no bias, and drawn as every other matrix is.
+    bias, init = getattr(config, "head_bias", False), getattr(config, "head_initializer", config.initializer)
+    return LMHead(Linear(config.embed_dim, config.vocab_size, use_bias=bias, init=init, key=key))
 
 
 class ClassificationHead(eqx.Module):

@@ -17,7 +17,7 @@ from ..nn import Cache
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
 from .head import Head, Input, Key, backbone_of, two
-from .head_parts import ClassificationHead, MaskedLMHead, Pooling, classification_head, lm_head
+from .head_parts import ClassificationHead, Factors, MaskedLMHead, Pooling, classification_head, lm_head
 from .inputs import ONE, Ids
 from .roberta import Encoder
 
@@ -74,6 +74,16 @@ class CausalLM(Head):
         with within("backbone"):
             hidden, cache = self.backbone.step(token_ids, cache, **inputs)
         return self.scores(hidden[-1:] if last else hidden), cache
+
+    def factors(self, hidden: Float[Array, "*axes embed_dim"]) -> Factors:
+        """The scores of hidden states before they are computed: for a loss that never holds all of them at once.
+
+        Raises a `ValueError` where the output is not a plain `Linear` or `Embedding`.
+        """
+        with within("head"):
+            if not hasattr(self.head, "factors"):
+                raise ValueError(f"A {type(self.head).__name__} does not say what its scores are computed from.")
+            return self.head.factors(hidden, self.backbone.embedding.tokens)
 
 
 class PreTrainingLogits(NamedTuple):

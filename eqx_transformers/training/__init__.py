@@ -1,0 +1,9 @@
+"""Training: losses, and what is built on them."""
+
+from .losses import (
+    chunked_cross_entropy as chunked_cross_entropy,
+    cross_entropy as cross_entropy,
+    lm_loss as lm_loss,
+    next_token_loss as next_token_loss,
+    next_tokens as next_tokens,
+)
