@@ -9,6 +9,7 @@ import numpy as np
 
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
 
+from .errors import ConversionError
 from .families import FAMILIES
 from .ops import SAME
 from .rules import Link, Tie, expand
@@ -45,7 +46,12 @@ def _specs(link: Link, leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct
 
 def _named(model: Any) -> dict[str, tuple[Link, str]]:
     """The reference's name of every tensor, with the link that writes it and the key under which it does."""
-    family = FAMILIES[model.config.family]
+    family = FAMILIES.get(model.config.family)
+    if family is None:
+        raise ConversionError(
+            f"The reference library has no {model.config.family!r}, so there is nothing that this could be exported as;"
+            " eqx_transformers.save writes it in the native format."
+        )
     table = family.table(model.config, type(model))
     leaves = {path: leaf for path, leaf in leaves_by_path(model).items() if is_array_like(leaf)}
     owner = {key: (link, key) for link in expand(table, leaves) for key in link.keys}

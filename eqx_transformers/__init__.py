@@ -12,7 +12,11 @@ from .models import (
     BERT as BERT,
     DISTILBERT as DISTILBERT,
     ELECTRA as ELECTRA,
+    FUNCTIONAL_2022 as FUNCTIONAL_2022,
+    FUNCTIONAL_HEAD as FUNCTIONAL_HEAD,
     GPT2 as GPT2,
+    HAIKU_EXAMPLE as HAIKU_EXAMPLE,
+    HAIKU_TUTORIAL as HAIKU_TUTORIAL,
     LLAMA as LLAMA,
     MISTRAL as MISTRAL,
     QWEN2 as QWEN2,
@@ -23,6 +27,8 @@ from .models import (
     Discriminator as Discriminator,
     Encoder as Encoder,
     EncoderConfig as EncoderConfig,
+    FunctionalConfig as FunctionalConfig,
+    FunctionalTransformer as FunctionalTransformer,
     GPT2Config as GPT2Config,
     Llama as Llama,
     LlamaConfig as LlamaConfig,
@@ -35,6 +41,8 @@ from .models import (
     SentenceEmbedder as SentenceEmbedder,
     SequenceClassifier as SequenceClassifier,
     TokenClassifier as TokenClassifier,
+    Transformer as Transformer,
+    TransformerConfig as TransformerConfig,
 )
 from .nn import stack as stack, unstack as unstack
 from .reconfigure import reconfigure as reconfigure

@@ -1,6 +1,6 @@
 """What is converted: two literal dictionaries."""
 
-from . import bert, distilbert, electra, roberta, roberta_tf
+from . import bert, distilbert, electra, functional, haiku_lm, roberta, roberta_tf
 
 # Families of the reference library, by the word for each in config.json.
 FAMILIES = {
@@ -8,4 +8,9 @@ FAMILIES = {
     for family in (bert.FAMILY, roberta.FAMILY, roberta.XLM, distilbert.FAMILY, electra.FAMILY)
 }
 # Dictionaries of arrays, by the name that `from_arrays` has for each: the family, and what prepares its arrays.
-FORMATS = {"roberta-tf": (roberta_tf.FAMILY, roberta_tf.prepare)}
+FORMATS = {
+    "roberta-tf": (roberta_tf.FAMILY, roberta_tf.prepare),
+    "haiku-lm-tutorial": haiku_lm.TUTORIAL,
+    "haiku-lm-example": haiku_lm.EXAMPLE,
+    "functional-transformer": (functional.FAMILY, functional.prepare),
+}

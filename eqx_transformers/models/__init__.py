@@ -8,6 +8,12 @@ from .encoder_config import (
     XLM_R as XLM_R,
     EncoderConfig as EncoderConfig,
 )
+from .functional import (
+    FUNCTIONAL_2022 as FUNCTIONAL_2022,
+    FUNCTIONAL_HEAD as FUNCTIONAL_HEAD,
+    FunctionalConfig as FunctionalConfig,
+    FunctionalTransformer as FunctionalTransformer,
+)
 from .gpt2 import GPT2 as GPT2, GPT2Config as GPT2Config
 from .heads import (
     CausalLM as CausalLM,
@@ -31,3 +37,9 @@ from .llama import (
     LlamaConfig as LlamaConfig,
 )
 from .roberta import Encoder as Encoder
+from .transformer import (
+    HAIKU_EXAMPLE as HAIKU_EXAMPLE,
+    HAIKU_TUTORIAL as HAIKU_TUTORIAL,
+    Transformer as Transformer,
+    TransformerConfig as TransformerConfig,
+)

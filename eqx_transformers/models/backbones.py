@@ -6,13 +6,21 @@ from typing import Any, TypeVar
 import equinox as eqx
 
 from .encoder_config import EncoderConfig
+from .functional import FunctionalConfig, FunctionalTransformer
 from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
 from .roberta import Encoder
+from .transformer import Transformer, TransformerConfig
 
 B = TypeVar("B", bound=eqx.Module)
 
-BACKBONES: dict[type, Any] = {EncoderConfig: Encoder, GPT2Config: GPT2, LlamaConfig: Llama}
+BACKBONES: dict[type, Any] = {
+    EncoderConfig: Encoder,
+    GPT2Config: GPT2,
+    LlamaConfig: Llama,
+    TransformerConfig: Transformer,
+    FunctionalConfig: FunctionalTransformer,
+}
 
 
 def part_of(backbone: B, **changed: Any) -> B:

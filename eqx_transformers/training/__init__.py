@@ -7,3 +7,4 @@ from .losses import (
     next_token_loss as next_token_loss,
     next_tokens as next_tokens,
 )
+from .optimizers import adam_uncorrected as adam_uncorrected
