@@ -82,7 +82,10 @@ class CausalLM(Head):
         """
         with within("head"):
             if not hasattr(self.head, "factors"):
-                raise ValueError(f"A {type(self.head).__name__} does not say what its scores are computed from.")
+                found = type(self.head).__name__
+                raise ValueError(
+                    f"A {found} does not say what its scores are computed from (a loss's chunk=None works)."
+                )
             return self.head.factors(hidden, self.backbone.embedding.tokens)
 
 

@@ -164,9 +164,8 @@ def lm_loss(
         logits = _each(lambda ids, given, key: model(ids, key=key, **given), ids, given, key)
         return cross_entropy(logits[..., :-1, :], targets, mask, z_loss=z_loss)
     if not isinstance(model, CausalLM):
-        raise ValueError(
-            f"chunk = {chunk} needs a CausalLM, but the model is a {type(model).__name__}; chunk=None works."
-        )
+        found = type(model).__name__
+        raise ValueError(f"chunk = {chunk} needs a CausalLM, but the model is a {found}: chunk=None takes any model.")
     hidden = _each(lambda ids, given, key: model.hidden(ids, key, given), ids, given, key)
     hidden, weight, bias = model.factors(hidden[..., :-1, :])
     return chunked_cross_entropy(hidden, weight, targets, mask, bias=bias, chunk=chunk, z_loss=z_loss)
@@ -189,7 +188,7 @@ def _real(ids: Array, attention_mask: Any, padding_id: int | None) -> Bool[Array
     _expect_shape("attention_mask", mask, ids)
     if jnp.issubdtype(mask.dtype, jnp.floating):
         raise ValueError(f"attention_mask must be bool or integers, 1 for a real token, but it is {mask.dtype}.")
-    return mask != 0
+    return mask.astype(bool)
 
 
 def _expect_shape(name: str, x: Array, ids: Array) -> None:
