@@ -23,8 +23,8 @@ def adam_uncorrected(
 
     $m \leftarrow b_1 m + (1 - b_1) g$, $v \leftarrow b_2 v + (1 - b_2) g^2$, and step $t$ changes the parameters by
     $-\eta \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \cdot \frac{m}{\sqrt v + \epsilon}$. In `optax.adam`, $\epsilon$ stands
-    beside $\sqrt{v / (1 - b_2^t)}$: as much as $\sqrt{1 - b_2^t}\, \epsilon$ here. A number whose gradients were all zero
-    stays as it is. The original's ancestor has an `optax.clip(1.0)` before it, and $b_2 = 0.999$.
+    beside $\sqrt{v / (1 - b_2^t)}$: as much as $\sqrt{1 - b_2^t}\, \epsilon$ here. A number whose gradients were all
+    zero stays as it is. The original's ancestor has an `optax.clip(1.0)` before it, and $b_2 = 0.999$.
 
     Source: https://github.com/awf/functional-transformer.
     """

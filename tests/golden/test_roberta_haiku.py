@@ -18,9 +18,23 @@ from converters import arrays as from_file
 from eqx_transformers import Encoder, MaskedLM, SequenceClassifier, reconfigure
 from eqx_transformers.nn import Mask
 from eqx_transformers.skeletons import skeleton
-from eqx_transformers.surgery import leaves_by_path
 
-from .folder import FORWARD, GRADIENT, STEPS, SUMS, arrays, cases, close, config, folder, present, weights
+from .folder import (
+    FORWARD,
+    SUMS,
+    Recorded,
+    arrays,
+    by_path,
+    cases,
+    close,
+    close_gradients,
+    close_parameters,
+    config,
+    folder,
+    norm,
+    present,
+    weights,
+)
 
 HERE = folder("roberta_haiku")
 FEATURES = cases(HERE, "hidden_states", "pad_mask")
@@ -43,10 +57,6 @@ def featurizer():
 @functools.cache
 def classifier():
     return read(weights(HERE, "classifier_params"))
-
-
-def by_path(tree):
-    return {path: np.asarray(x) for path, x in leaves_by_path(eqx.filter(tree, eqx.is_array)).items()}
 
 
 @eqx.filter_jit
@@ -118,10 +128,6 @@ def test_golden_roberta_haiku_other_words_may_be_put_in(path):
 CLASSIFIED = cases(HERE, "labels", "logits", "loss")
 
 
-def norm(tree):
-    return np.sqrt(sum(np.square(x).sum() for x in by_path(tree).values()))
-
-
 @eqx.filter_jit
 def loss_and_gradient(model, ids, labels):
     def loss(model):
@@ -155,21 +161,7 @@ GRADIENTS = [p for p in sorted(HERE.glob("*.npz")) if any(is_of(case.values[0], 
 def test_golden_roberta_haiku_classifier_gradients(path):
     case = arrays(next(case.values[0] for case in CLASSIFIED if is_of(case.values[0], path)))
     _, gradient = loss_and_gradient(classifier(), case["token_ids"], case["labels"])
-    theirs, ours = by_path(read(arrays(path))), by_path(gradient)
-    assert theirs.keys() == ours.keys()
-    for name, x in theirs.items():
-        # A key's bias has no gradient in exact arithmetic: what is there is rounding.
-        close(ours[name], x, 1e-6 if name.endswith("key_proj.bias") else GRADIENT * np.abs(x).max() + 1e-7)
-
-
-class Recorded(eqx.Module):
-    """A dropout that was recorded: `keep * x / (1 - rate)`."""
-
-    keep: jax.Array
-    rate: float
-
-    def __call__(self, x, *, key=None, inference=None):
-        return jnp.where(self.keep, x / (1 - self.rate), 0.0)
+    close_gradients(gradient, read(arrays(path)))
 
 
 def sites(model):
@@ -225,10 +217,7 @@ def test_golden_roberta_haiku_optimizer_steps(path):
     after = sorted(path.parent.glob(f"{path.stem}_params_after*.npz"))
     assert after and all(int(re.findall(r"\d+", p.stem)[-1]) == len(case["losses"]) for p in after)
     for wanted in after:
-        theirs, ours = by_path(read(arrays(wanted))), by_path(model)
-        for name, x in theirs.items():
-            if not name.endswith("key_proj.bias"):  # its gradient is zero but for rounding, which Adam makes steps of
-                close(ours[name], x, STEPS)
+        close_parameters(model, read(arrays(wanted)))
 
 
 @pytest.mark.parametrize("path", cases(HERE, "scale", "steps"))
