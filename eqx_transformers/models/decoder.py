@@ -253,8 +253,9 @@ def blocks_of(stack: Stack) -> tuple[Any, ...]:
 def stepped(
     stack: Stack, x: Float[Array, "seq embed_dim"], cache: Cache, real: Bool[Array, " seq"], *args: Any
 ) -> tuple[Float[Array, "seq embed_dim"], Cache]:
-    """`x` through all blocks, each with its own cache."""
+    """`x` through all blocks, each with its own cache; NaN if that has no room for it."""
     index, cache = cache.index, cache.extended(real)
+    x = jnp.where(cache.overfull, jnp.nan, x)
     mask, layers = cache.mask(len(real)), []
     for i, (block, held) in enumerate(zip(blocks_of(stack), cache.layers, strict=True)):
         with within(f"blocks.{i}"):

@@ -154,6 +154,10 @@ class Attention(eqx.Module):
         with within(f"{name}_norm"):
             return norm(y)
 
+    def _windowed(self, mask: Mask) -> Mask:
+        windows = [window for window in (self.window, mask.window) if window is not None]
+        return replace(mask, window=min(windows)) if windows else mask
+
     def _mixed(
         self, q: Array, k: Array, v: Array, mask: Mask, bias: Array | None, key: PRNGKeyArray | None
     ) -> Float[Array, "*axes seq embed_dim"]:
@@ -163,7 +167,7 @@ class Attention(eqx.Module):
                 q,
                 k,
                 v,
-                mask if self.window is None else replace(mask, window=self.window),
+                self._windowed(mask),
                 bias=bias,
                 scale=q.shape[-1] ** -0.5 if self.scale is None else self.scale,
                 rate=self.dropout.p if on else 0.0,

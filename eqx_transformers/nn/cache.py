@@ -67,7 +67,7 @@ class Cache(eqx.Module):
         """With `seq` further slots filled, after which the layers' keys and values have still to come.
 
         Raises a `ValueError` where there are too few slots, if that is known while tracing; where it is not,
-        `EQX_TRANSFORMERS_CHECK=1` makes it an error at run time.
+        `EQX_TRANSFORMERS_CHECK=1` makes it an error at run time, and `overfull` tells.
         """
         seq, held = real.shape[-1], self.index
         known = None if isinstance(held, jax.core.Tracer) else int(held)
@@ -79,6 +79,11 @@ class Cache(eqx.Module):
         held = error_if(held, held + seq > self.length, f"The cache of {self.length} slots is full.")
         marked = jax.lax.dynamic_update_slice_in_dim(self.real, real, held, 0)
         return eqx.tree_at(lambda c: (c.index, c.real), self, (held + seq, marked))
+
+    @property
+    def overfull(self) -> Bool[Array, ""]:
+        """Whether more tokens came than there are slots: the last ones stand where others stood, and all is wrong."""
+        return self.index > self.length
 
     def mask(self, seq: int) -> Mask:
         """What the last `seq` tokens may look at."""

@@ -1,7 +1,7 @@
 """Where a token stands: counted ids for tables, and rotations of queries and keys."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -28,6 +28,9 @@ def count(
     return counted - jax.lax.cummax(jnp.where(starts, counted - real.astype(jnp.int32), -jnp.asarray(before)))
 
 
+Scaling = Literal["default", "linear", "llama3"]
+
+
 class Rotation(NamedTuple):
     """Cosines and sines of the angles by which each token's queries and keys are turned."""
 
@@ -50,7 +53,7 @@ class Rotary(eqx.Module):
 
     dim: int = eqx.field(static=True)
     base: float = eqx.field(static=True, default=10000.0)
-    scaling: Literal["default", "linear", "llama3"] = eqx.field(static=True, default="default")
+    scaling: Scaling = eqx.field(static=True, default="default")
     factor: float = eqx.field(static=True, default=1.0)
     low_freq_factor: float = eqx.field(static=True, default=1.0)
     high_freq_factor: float = eqx.field(static=True, default=4.0)
@@ -59,6 +62,11 @@ class Rotary(eqx.Module):
     def __check_init__(self):
         if self.dim < 2 or self.dim % 2:
             raise ValueError(f"Rotary: pairs of numbers are turned, so dim = {self.dim} must be even.")
+        if self.scaling not in (words := get_args(Scaling)):
+            raise ValueError(f"Rotary: scaling = {self.scaling!r} is not one of {', '.join(words)}.")
+        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            found = f"low_freq_factor = {self.low_freq_factor} and high_freq_factor = {self.high_freq_factor}"
+            raise ValueError(f"Rotary: {found}, but the first must be less: between the two, scaling sets in.")
 
     @property
     def frequencies(self) -> Float[np.ndarray, " pairs"]:
@@ -81,8 +89,12 @@ class Rotary(eqx.Module):
 def rotate(x: Float[Array, "*axes seq heads head_dim"], rotation: Rotation) -> Float[Array, "*axes seq heads head_dim"]:
     """Every head turned by the angles of its token; number `j` of a head pairs with number `j + head_dim / 2`.
 
-    Computed in float32 at least; the result has the input's dtype.
+    Computed in float32 at least; the result has the input's dtype. Raises a `ValueError` when the heads do not have
+    twice as many numbers as the rotation has pairs.
     """
+    if x.shape[-1] != 2 * rotation.cos.shape[-1]:
+        pairs, found = rotation.cos.shape[-1], x.shape[-1]
+        raise ValueError(f"rotate: {pairs} pairs are turned, so heads must have {2 * pairs} numbers, not {found}.")
     cos, sin = (part[:, None, :].astype(wider(x.dtype, jnp.float32)) for part in rotation)
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     along = lambda part: jnp.broadcast_to(part, first.shape)

@@ -8,30 +8,49 @@ import pytest
 
 from eqx_transformers import nn
 
-from .test_layers import f64, filled, linear, random
+from .test_layers import f64, filled, linear, random, rms_norm
 
 KEY = jax.random.key(0)
 SEQ = 5
 call = eqx.filter_jit(lambda attention, x, mask=None, bias=None, key=None: attention(x, mask, bias=bias, key=key))
 
 
-def literal(m, x, allowed=None, bias=None):
+def turned(x, rotation):
+    """Number j of a head and number j + half as one complex number, which the angle turns."""
+    half = x.shape[-1] // 2
+    y = (x[..., :half] + 1j * x[..., half:]) * (f64(rotation.cos) + 1j * f64(rotation.sin))[:, None]
+    return np.concatenate([y.real, y.imag], -1)
+
+
+def literal(m, x, allowed=None, bias=None, rotation=None):
     """softmax(q k^T s + bias) v for one head and one query at a time; x is `seq embed_dim`."""
     split = lambda proj, heads: linear(proj, f64(x)).reshape(len(x), heads, -1)
     q, k, v = split(m.query_proj, m.num_heads), split(m.key_proj, m.num_kv_heads), split(m.value_proj, m.num_kv_heads)
+    q, k = (y if norm is None else rms_norm(norm, y) for norm, y in ((m.query_norm, q), (m.key_norm, k)))
+    q, k = (y if rotation is None else turned(y, rotation) for y in (q, k))
+    near = True if m.window is None else np.subtract.outer(np.arange(len(x)), np.arange(len(x))) < m.window
+    allowed = near if allowed is None else np.logical_and(allowed, near)
     scale = q.shape[-1] ** -0.5 if m.scale is None else m.scale
     out = np.zeros((len(x), m.num_heads, v.shape[-1]))
     for h in range(m.num_heads):
         shared = h // (m.num_heads // m.num_kv_heads)
         for i in range(len(x)):
-            seen = np.ones(len(x), bool) if allowed is None else np.broadcast_to(allowed, (m.num_heads, SEQ, SEQ))[h, i]
+            seen = np.broadcast_to(allowed, (m.num_heads, SEQ, SEQ))[h, i]
             if not seen.any():
                 out[i, h] = v[:, shared].mean(0) if m.empty == "uniform" else 0
                 continue
             scores = k[seen, shared] @ q[i, h] * scale + (0 if bias is None else f64(bias)[h, i, seen])
             weights = np.exp(scores - scores.max())
             out[i, h] = weights / weights.sum() @ v[seen, shared]
-    return linear(m.output_proj, out.reshape(len(x), -1))
+    out = out.reshape(len(x), -1)
+    return linear(m.output_proj, out) if isinstance(m.output_proj, nn.Linear) else m.output_proj(out)
+
+
+class Halved(eqx.Module):
+    """An output that is no matrix: what two halves of the heads give, added."""
+
+    def __call__(self, x):
+        return x.reshape(*x.shape[:-1], 2, -1).sum(-2)
 
 
 MODULES = {
@@ -39,6 +58,11 @@ MODULES = {
     "grouped heads": nn.Attention(8, 4, num_kv_heads=2, key=KEY),
     "one key head": nn.Attention(6, 3, num_kv_heads=1, use_bias=False, key=KEY),
     "own head_dim and scale": nn.Attention(7, 3, head_dim=4, scale=0.3, key=KEY),
+    "own value_dim": nn.Attention(7, 3, head_dim=4, value_dim=5, key=KEY),
+    "window": nn.Attention(6, 3, window=3, key=KEY),  # a mask's own window may be narrower, and is
+    "norms of heads": nn.Attention(8, 4, num_kv_heads=2, head_dim=6, norm=nn.RMSNorm, key=KEY),
+    "output without a bias": nn.Attention(6, 3, output_bias=False, key=KEY),
+    "output given": nn.Attention(6, 4, head_dim=2, value_dim=3, output_proj=Halved(), key=KEY),
 }
 MODULES = {name: filled(m) for name, m in MODULES.items()}
 PADDED = nn.Mask(keys=jnp.array([True, True, False, True, False]))
@@ -57,6 +81,18 @@ def test_attention_is_its_formula(name):
         allowed = None if mask is None else np.asarray(mask.allowed(SEQ, SEQ))
         assert got.shape == x.shape and got.dtype == x.dtype
         np.testing.assert_allclose(got, literal(m, x, allowed, b), rtol=1e-4, atol=2e-5)
+
+
+def test_options_make_what_they_say():
+    norms = MODULES["norms of heads"]
+    assert (norms.query_norm.dim, norms.key_norm.dim) == (6, 6)
+    assert MODULES["plain"].query_norm is None and MODULES["plain"].key_norm is None
+    assert MODULES["own value_dim"].output_proj.in_features == 3 * 5
+    assert MODULES["one key head"].key_proj.out_features == 2
+    bare = MODULES["output without a bias"]
+    assert bare.output_proj.bias is None and bare.query_proj.bias is not None
+    drawn = nn.Attention(6, 3, output_init=jax.nn.initializers.constant(0.5), key=KEY)
+    assert (drawn.output_proj.weight == 0.5).all() and (drawn.query_proj.weight != 0.5).all()
 
 
 def test_leading_axes_are_examples_that_share_the_mask():
@@ -141,3 +177,68 @@ def test_a_wrong_width_carries_the_projections_path(unchecked):
     with pytest.raises(ValueError, match="in_features = 8, but the input is") as raised:
         MODULES["grouped heads"](jnp.ones((SEQ, 7)))
     assert raised.value.__notes__ == ["at query_proj"]
+
+
+# ---- step by step
+
+LENGTH = 7  # slots: two more than there are tokens
+REAL = np.array([False, True, True, False, True])
+SPLITS = {"at once": (5,), "one by one": (1, 1, 1, 1, 1), "in chunks": (2, 3)}
+
+
+@eqx.filter_jit
+def in_steps(m, x, real, bias, rotation):
+    """The results of tokens that come in groups, by the name of the split, and the last cache of each."""
+
+    def run(splits):
+        held, at, out = m.init_cache(LENGTH, x.dtype), 0, []
+        for n in splits:
+            here = slice(at, at + n)
+            mask = nn.Mask(causal=True, offset=at, keys=jnp.zeros(LENGTH, bool).at[: at + n].set(real[: at + n]))
+            part = None if rotation is None else nn.Rotation(*(angle[here] for angle in rotation))
+            y, held = m.step(x[here], mask, held, at, rotation=part, bias=bias[:, here])
+            out, at = [*out, y], at + n
+        return jnp.concatenate(out), held
+
+    return {name: run(splits) for name, splits in SPLITS.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped heads", "own value_dim", "window", "norms of heads"])
+def test_steps_are_the_call_in_any_split(name):
+    m = MODULES[name]
+    x, bias = random(SEQ, m.query_proj.in_features), random(m.num_heads, SEQ, LENGTH)
+    head_dim = m.query_proj.out_features // m.num_heads
+    rotation = nn.Rotary(head_dim)(jnp.arange(SEQ)) if name in ("grouped heads", "norms of heads") else None
+    mask = nn.Mask(causal=True, keys=jnp.asarray(REAL))
+    whole = eqx.filter_jit(lambda m: m(x, mask, rotation=rotation, bias=bias[:, :, :SEQ]))(m)
+    expected = literal(m, x, np.tri(SEQ, dtype=bool) & REAL, bias[:, :, :SEQ], rotation)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=2e-5)
+    for got, held in in_steps(m, x, jnp.asarray(REAL), bias, rotation).values():
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+        # The spare slots are as they were, and the others hold something.
+        assert not held.keys[:, SEQ:].any() and held.keys[:, :SEQ].any(-1).all()
+
+
+def test_a_rows_index_may_be_traced():
+    m, x = MODULES["grouped heads"], random(SEQ, 8)
+
+    @eqx.filter_jit
+    def loop(m, x):
+        def body(carry, x):
+            held, at = carry
+            mask = nn.Mask(causal=True, offset=at, keys=jnp.arange(LENGTH) <= at)
+            y, held = m.step(x[None], mask, held, at)
+            return (held, at + 1), y[0]
+
+        return jax.lax.scan(body, (m.init_cache(LENGTH, x.dtype), jnp.asarray(0)), x)[1]
+
+    np.testing.assert_allclose(loop(m, x), literal(m, x, np.tri(SEQ, dtype=bool)), rtol=1e-4, atol=2e-5)
+
+
+def test_a_leading_axis_of_the_arrays_is_a_vmap_over_modules():
+    some = [filled(MODULES["norms of heads"], seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *some)
+    x = random(SEQ, 8)
+    together = eqx.filter_jit(eqx.filter_vmap(lambda m, x: m(x, CAUSAL), in_axes=(eqx.if_array(0), None)))(stacked, x)
+    apart = [literal(m, x, np.asarray(CAUSAL.allowed(SEQ, SEQ))) for m in some]
+    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=2e-5)

@@ -57,6 +57,10 @@ def mlp(m, x):
     return linear(m.down_proj, np.maximum(linear(m.up_proj, x), 0))
 
 
+def gated_mlp(m, x):
+    return linear(m.down_proj, np.maximum(linear(m.gate_proj, x), 0) * linear(m.up_proj, x))
+
+
 def as_torch(x, dtype=torch.float64):
     return None if x is None else torch.from_numpy(f64(x)).to(dtype)
 
@@ -78,6 +82,10 @@ def torch_mlp(m, x):
     return torch_linear(m.down_proj, torch.relu(torch_linear(m.up_proj, x)))
 
 
+def torch_gated_mlp(m, x):
+    return torch_linear(m.down_proj, torch.relu(torch_linear(m.gate_proj, x)) * torch_linear(m.up_proj, x))
+
+
 LAYERS = {
     "Linear": (lambda: nn.Linear(IN, OUT, key=KEY), linear, torch_linear),
     "Linear without bias": (lambda: nn.Linear(IN, OUT, use_bias=False, key=KEY), linear, torch_linear),
@@ -85,13 +93,21 @@ LAYERS = {
     "LayerNorm without bias": (lambda: nn.LayerNorm(IN, use_bias=False), layer_norm, torch_layer_norm),
     "RMSNorm": (lambda: nn.RMSNorm(IN, eps=0.1), rms_norm, torch_rms_norm),
     "RMSNorm with an offset": (lambda: nn.RMSNorm(IN, offset=1.0), rms_norm, torch_rms_norm),
+}
+DEEP = {
     "MLP": (lambda: nn.MLP(IN, INNER, nn.relu, key=KEY), mlp, torch_mlp),
+    "GatedMLP": (lambda: nn.GatedMLP(IN, INNER, nn.relu, key=KEY), gated_mlp, torch_gated_mlp),
+    "GatedMLP without bias": (
+        lambda: nn.GatedMLP(IN, INNER, nn.relu, use_bias=False, key=KEY),
+        gated_mlp,
+        torch_gated_mlp,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYERS | DEEP)
 def test_a_layer_is_its_formula_over_the_last_axis_for_any_leading_axes(name):
-    make, formula, in_torch = LAYERS[name]
+    make, formula, in_torch = (LAYERS | DEEP)[name]
     layer, xs = filled(make()), [random(*axes, IN) for axes in AXES]
     for x, y in zip(xs, each([layer] * len(xs), xs), strict=True):
         assert y.dtype == jnp.float32
@@ -101,12 +117,12 @@ def test_a_layer_is_its_formula_over_the_last_axis_for_any_leading_axes(name):
 
 def in_every_dtype(name):
     """(layer, x, y) for every dtype of the weights and of the input."""
-    layers = [filled(LAYERS[name][0](), dtype=dtype) for dtype in DTYPES for _ in DTYPES]
+    layers = [filled((LAYERS | DEEP)[name][0](), dtype=dtype) for dtype in DTYPES for _ in DTYPES]
     xs = [random(5, IN, dtype=dtype) for _ in DTYPES for dtype in DTYPES]
     return zip(layers, xs, each(layers, xs), strict=True)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "MLP"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_computes_wide_and_rounds_once_to_the_inputs_dtype(name):
     for layer, x, y in in_every_dtype(name):
         truth = LAYERS[name][1](layer, f64(x))
@@ -116,9 +132,10 @@ def test_a_layer_computes_wide_and_rounds_once_to_the_inputs_dtype(name):
         assert (np.abs(f64(y) - truth) <= allowed).all(), (layer.weight.dtype, x.dtype)
 
 
-def test_an_mlp_rounds_to_its_inputs_dtype_after_each_of_its_layers():
-    for layer, x, y in in_every_dtype("MLP"):
-        truth = mlp(layer, f64(x))
+@pytest.mark.parametrize("name", ["MLP", "GatedMLP"])
+def test_an_mlp_rounds_to_its_inputs_dtype_after_each_of_its_layers(name):
+    for layer, x, y in in_every_dtype(name):
+        truth = DEEP[name][1](layer, f64(x))
         assert y.dtype == x.dtype
         np.testing.assert_allclose(f64(y), truth, atol=4 * float(jnp.finfo(x.dtype).eps) * np.abs(truth).max() + 1e-5)
 
@@ -209,7 +226,12 @@ def test_parameters_start_as_documented():
     assert (nn.RMSNorm(3).weight == 1).all() and not nn.RMSNorm(3, offset=1.0).weight.any()
     assert abs(float(nn.Embedding(300, 40, key=KEY).weight.std()) - 1) < 2e-2
     drawn = nn.MLP(IN, IN, nn.relu, key=KEY)
-    assert not (drawn.up_proj.weight == drawn.down_proj.weight).any()  # one key must not serve two matrices
+    gated = nn.GatedMLP(IN, IN, nn.relu, key=KEY)
+    matrices = [drawn.up_proj, drawn.down_proj], [gated.gate_proj, gated.up_proj, gated.down_proj]
+    for some in matrices:  # one key must not serve two matrices
+        assert len({np.asarray(layer.weight).tobytes() for layer in some}) == len(some)
+    zero = nn.MLP(IN, IN, nn.relu, output_init=jax.nn.initializers.zeros, key=KEY)
+    assert zero.up_proj.weight.any() and not zero.down_proj.weight.any()
 
 
 # ---- activations
