@@ -66,7 +66,7 @@ class CausalLM(Head):
 
     def step(
         self, token_ids: Ids, cache: Cache, *, last: bool = False, **inputs: Input
-    ) -> tuple[Float[Array, "seq vocab"], Cache]:
+    ) -> tuple[Float[Array, "scored vocab"], Cache]:
         """The scores at tokens that come after those in `cache`, and the cache with theirs.
 
         `last` computes those at the last token alone, `1 vocab`. See `Decoder.step`.

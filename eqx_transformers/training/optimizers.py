@@ -1,11 +1,12 @@
 """Optimizers of the original systems that optax does not have."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 
 class AdamState(NamedTuple):
@@ -31,6 +32,11 @@ def adam_uncorrected(
     return optax.chain(_scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
 
 
+def _rest(decay: float, count: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - decay ** count, of which float32 would lose up to four digits by subtracting."""
+    return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
+
+
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     def init(params: PyTree) -> AdamState:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
@@ -40,7 +46,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
-        scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        scale = jnp.sqrt(_rest(b2, count)) / _rest(b1, count)
         steps = jax.tree.map(lambda m, v: scale.astype(m.dtype) * m / (jnp.sqrt(v) + eps), mu, nu)
         return steps, AdamState(count, mu, nu)
 
