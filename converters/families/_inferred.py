@@ -21,3 +21,9 @@ def highest(names: Collection[str], pattern: str) -> int:
 def completed(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
     """The config, and what is known beside it."""
     return {name: value for name, value in inferred.items() if value is not None} | dict(config)
+
+
+def other_depth(config: Mapping[str, Any], name: str, found: int) -> tuple[str, ...]:
+    """What is to be said where the config has another number of layers than the arrays: their names count it."""
+    stated = config.get(name, found)
+    return () if stated == found else (f"the config says {name} = {stated}, the arrays are those of {found} layers",)

@@ -17,7 +17,7 @@ from ..errors import MalformedCheckpoint
 from ..family import Family
 from ..ops import FLIP, Op, split
 from ..rules import Ignore, Table, rule
-from ._inferred import completed, highest, side
+from ._inferred import completed, highest, other_depth, side
 
 LAYER = "layers[{i}]"
 
@@ -34,10 +34,11 @@ def prepare(
     use_bias = any(name.endswith("/bias") for name in arrays)
     end = "/weight" if use_bias else ""
     at = lambda name, axis: side(arrays, name + end, axis)
+    layers = highest(arrays, r"^layers\[(\d+)\]/")
     inferred = {
         "n_vocab": side(arrays, "embeddings", 0),
         "d_model": side(arrays, "embeddings", 1),
-        "n_layers": highest(arrays, r"^layers\[(\d+)\]/"),
+        "n_layers": layers,
         "n_heads": highest(arrays, r"^layers\[\d+\]/heads\[(\d+)\]/"),
         "d_k": at("layers[0]/heads[0]/query", 1),
         "d_ff": at("layers[0]/ffn1", 1),
@@ -45,7 +46,7 @@ def prepare(
         "use_bias": use_bias,
         "merge": "sum" if use_bias else "concatenate",
     }
-    return dict(arrays), completed(config, inferred), ()
+    return dict(arrays), completed(config, inferred), other_depth(config, "n_layers", layers)
 
 
 def joined(heads: int, width: int) -> Op:

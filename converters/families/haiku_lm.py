@@ -21,7 +21,7 @@ from ..family import Family
 from ..ops import FLIP
 from ..rules import Ignore, Table, rule
 from ..spelling import Prefixed, Spelling
-from ._inferred import completed, highest, side
+from ._inferred import completed, highest, other_depth, side
 
 WORDS, POSITIONS, OUTPUT, LAYER = "embed/embeddings", "~/pos_embs", "linear", "transformer/h{i}"
 
@@ -122,15 +122,16 @@ def prepare(
         )
     at = lambda name, axis: side(arrays, names.get(name, name), axis)
     width, inner = at(WORDS, 1), at("transformer/h0_mlp/linear/w", 1)
+    layers = highest(names, r"^transformer/h(\d+)_")
     inferred = {
         "vocab_size": at(WORDS, 0),
         words.width: width,
-        "num_layers": highest(names, r"^transformer/h(\d+)_"),
-        "widening_factor": inner // width if inner and width else None,
+        "num_layers": layers,
+        "widening_factor": inner // width if inner and width and inner % width == 0 else None,
         "sequence_length": at(POSITIONS, 0),
     }
     heads, notes = _heads(words, at("transformer/h0_attn/query/w", 1), config)
-    return dict(arrays), completed(config, inferred | heads), notes
+    return dict(arrays), completed(config, inferred | heads), (*notes, *other_depth(config, "num_layers", layers))
 
 
 def _heads(
