@@ -53,8 +53,9 @@ def encode(
     - `tokenizer`: a `tokenizers.Tokenizer` or a tokenizer of transformers. It is not changed: padding and truncation
       that it is set to are put aside (in a copy), only the side and the strategy of its truncation are kept.
     - `texts`: strings, or pairs of strings.
-    - `max_length`: tokens of a text at most; None: the room of `model.config`, or the last of `lengths` if that is
-      less. A text with more is an error, unless `truncate`: then the tokenizer cuts it and keeps its special tokens.
+    - `max_length`: tokens of a text at most; None: the model's room, or the last of `lengths` if that is less. A text
+      with more is an error, unless `truncate`: then the tokenizer cuts it and keeps its special tokens. A model whose
+      table of positions has an end cannot be asked for more; a rotary one can, beyond the context of its config.
     - `batch_tokens`: how many tokens, padding included, are computed at once; None: 1,024 on a CPU, else 32,768.
     - `max_shapes`: one program is compiled for each shape of a batch; at most so many, and fewer for a corpus of fewer
       batches. Their lengths are those that pad this corpus least. Models that are equal but for the numbers in their
@@ -145,7 +146,7 @@ def _said(text: Any) -> str:
 
 def _limit(model: Any, max_length: int | None, lengths: Sequence[int] | None) -> int | None:
     """How many tokens a text may have, if anything says so."""
-    room = _room(getattr(model, "config", None))
+    room = getattr(getattr(model, "backbone", model), "room", None)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length = {max_length} must be at least 1.")
     if lengths is not None and (not lengths or min(lengths) < 1):
@@ -155,16 +156,9 @@ def _limit(model: Any, max_length: int | None, lengths: Sequence[int] | None) ->
     if max_length is not None and lengths is not None and max_length > max(lengths):
         raise ValueError(f"max_length = {max_length} is more than the last of lengths, {max(lengths)}.")
     limits = [room, max_length, None if lengths is None else max(lengths)]
-    return min((n for n in limits if n is not None), default=None)
-
-
-def _room(config: Any) -> int | None:
-    """The longest text that the table of positions holds, or None for a model whose config does not say."""
-    rows = getattr(config, "max_positions", None)
-    if rows is None:
-        return None
-    after_padding = getattr(config, "positions", None) == "after_padding"
-    return rows - (config.padding_id + 1 if after_padding else getattr(config, "position_offset", 0))
+    # Where no table of positions ends, there is still a context that the model was trained on.
+    context = getattr(getattr(model, "config", None), "max_positions", None)
+    return min((n for n in limits if n is not None), default=context)
 
 
 def _tokens(tokenizer: Any, corpus: list[Any], limit: int | None, truncate: bool) -> list[Tokens]:

@@ -1,5 +1,6 @@
 """What all heads share: a backbone below, the config of the whole, and the way onto a backbone that is there."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +18,8 @@ from .roberta import Encoder, Pooler
 Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
 Key = PRNGKeyArray | None
 H = TypeVar("H", bound="Head")
+DECODERS = tuple(kind for kind in BACKBONES.values() if kind is not Encoder)
+_DECODERS = "On a decoder, whose tokens see nothing that follows them, stand CausalLM and SequenceClassifier."
 
 
 class Head(eqx.Module):
@@ -42,7 +45,8 @@ class Head(eqx.Module):
         kinds = tuple(BACKBONES.values()) if cls.on_decoders else (Encoder,)
         if not isinstance(encoder, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{cls.__name__}.of: expected an {expected}, but it is {type(encoder).__name__}.")
+            found = f"expected an {expected}, but it is {type(encoder).__name__}"
+            raise ValueError(f"{cls.__name__}.of: {found}. {_DECODERS if type(encoder) in DECODERS else ''}".rstrip())
         if encoder.config is None:
             raise ValueError(
                 "This encoder is a part of another model, which has the config:"
@@ -75,13 +79,22 @@ class Head(eqx.Module):
             return self.backbone.summary(hidden, token_ids, **inputs)
 
 
-def backbone_of(config: Any, backbone: Any, key: PRNGKeyArray, *, pooler: bool) -> tuple[Any, Any]:
+def backbone_of(
+    head: Head, config: Any, backbone: Any, key: PRNGKeyArray, *, pooler: Callable[[EncoderConfig], bool] | bool
+) -> tuple[Any, Any]:
     """The config of a model whose encoder has a pooler or none, and that encoder: `backbone`, or a new one.
 
-    Of a config of decoders, which have no poolers, its backbone.
+    Of a config of decoders, which have no poolers, its backbone. Raises a `ValueError` where the head is one of
+    encoders alone.
     """
+    kinds = tuple(BACKBONES) if head.on_decoders else (EncoderConfig,)
+    if not isinstance(config, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        found = f"expected an {expected}, but the config is a {type(config).__name__}"
+        raise ValueError(f"{type(head).__name__}: {found}. {_DECODERS if type(config) in BACKBONES else ''}".rstrip())
     if not isinstance(config, EncoderConfig):
         return config, part_of(BACKBONES[type(config)](config, key=key) if backbone is None else backbone)
+    pooler = pooler(config) if callable(pooler) else pooler
     config = replace(config, pooler=pooler)
     encoder = Encoder(config, key=key) if backbone is None else backbone
     kept = encoder.pooler if pooler else None

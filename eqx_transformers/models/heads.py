@@ -31,7 +31,7 @@ class MaskedLM(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=False)
         self.head = MaskedLMHead(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
@@ -53,7 +53,7 @@ class CausalLM(Head):
     def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
         config = replace(config, causal=True) if isinstance(config, EncoderConfig) else config
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=False)
         self.head = lm_head(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "seq vocab"]:
@@ -106,7 +106,7 @@ class PreTraining(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head, pair = jax.random.split(key, 3)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=True)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=True)
         self.head = MaskedLMHead(config, key=head)
         self.next_sentence = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=pair)
 
@@ -127,7 +127,7 @@ class NextSentencePredictor(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=True)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=True)
         self.head = ClassificationHead(config.embed_dim, 2, init=config.initializer, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, "2"]:
@@ -150,8 +150,8 @@ class SequenceClassifier(Head):
 
     def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
-        pooler = isinstance(config, EncoderConfig) and config.classifier == "pooler"
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=pooler)
+        reads = lambda config: config.classifier == "pooler"
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=reads)
         self.head = classification_head(config, key=head)
 
     def __call__(self, token_ids: Ids, *, key: Key = None, **inputs: Input) -> Float[Array, " labels"]:
@@ -171,7 +171,7 @@ class TokenClassifier(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=False)
         rate, init = config.rate("token_dropout"), config.initializer
         self.head = ClassificationHead(config.embed_dim, config.labels, rate=rate, init=init, key=head)
 
@@ -192,7 +192,7 @@ class QuestionAnswerer(Head):
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
         # The reference counts start and end as its two labels.
-        self.config, self.backbone = backbone_of(replace(config, labels=2), encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(self, replace(config, labels=2), encoder, body, pooler=False)
         rate, init = config.rate("answer_dropout"), config.initializer
         self.head = ClassificationHead(config.embed_dim, 2, rate=rate, init=init, key=head)
 
@@ -215,12 +215,12 @@ class MultipleChoice(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        dense = config.choice == "dense"
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=not dense)
+        reads = lambda config: config.choice != "dense"
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=reads)
         self.head = ClassificationHead(
             config.embed_dim,
             1,
-            activation=config.classifier_activation if dense else None,
+            activation=config.classifier_activation if config.choice == "dense" else None,
             rate=config.rate("choice_dropout"),
             init=config.initializer,
             key=head,
@@ -255,7 +255,7 @@ class Discriminator(Head):
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
         body, head = jax.random.split(key)
-        self.config, self.backbone = backbone_of(config, encoder, body, pooler=False)
+        self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=False)
         init = config.initializer
         self.head = ClassificationHead(config.embed_dim, 1, activation=config.activation, init=init, key=head)
 
@@ -274,7 +274,7 @@ class SentenceEmbedder(Head):
     draws: ClassVar[bool] = False
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
-        self.config, self.backbone = backbone_of(config, encoder, key, pooler=config.pooler)
+        self.config, self.backbone = backbone_of(self, config, encoder, key, pooler=lambda config: config.pooler)
         self.pooling = Pooling(config.pooling, config.normalize)
 
     def __call__(
