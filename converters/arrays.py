@@ -45,16 +45,26 @@ def from_arrays(
 ) -> tuple[Any, Origin]:
     """(model, origin) of a dictionary of arrays. The options are those of `load`.
 
-    - `format`: "roberta-tf", RoBERTa by TensorFlow's names (raw or with prefix, suffix and `self/` deleted) or by the
-      Haiku port's; a nested dictionary of Haiku parameters will do. A classifier's parameters make a
-      `SequenceClassifier`, else it is an `Encoder`; `head=MaskedLM` takes the file's masked-LM head.
-    - `config`: the original system's own configuration. Of "roberta-tf": `vocab_size`, `hidden_size`, `n_layers`,
-      `n_heads`, `intermediate_size`, `position_rows`, `n_classes`, which the arrays tell where they are missing (but
-      `n_heads`, where heads are not of 64); `position_offset` (2), `mask_id` (1), `layer_norm_eps` (1e-5),
-      `weight_stddev` (0.02), `embed_dropout_rate`, `fully_connected_drop_rate`, `attention_drop_rate` and
-      `classifier_drop_rate` (0.1 each).
-    - `head`: of "roberta-tf", `Encoder`, `SequenceClassifier`, `MaskedLM` or `SentenceEmbedder`; others are put on the
-      encoder by `Head.of`.
+    - `format` and `config`, the original system's own configuration:
+        - "roberta-tf": RoBERTa by TensorFlow's names (raw or with prefix, suffix and `self/` deleted) or by the Haiku
+          port's. `vocab_size`, `hidden_size`, `n_layers`, `n_heads`, `intermediate_size`, `position_rows`, `n_classes`
+          (of `n_heads`, heads of 64 alone are assumed); `position_offset` (2), `mask_id` (1), `layer_norm_eps` (1e-5),
+          `weight_stddev` (0.02), `embed_dropout_rate`, `fully_connected_drop_rate`, `attention_drop_rate` and
+          `classifier_drop_rate` (0.1 each).
+        - "haiku-lm-tutorial": the causal LM of the Haiku tutorial. `vocab_size`, `d_model`, `num_layers`, `num_heads`,
+          `key_size`, `widening_factor`, `sequence_length`; `layer_norm_eps` (1e-5), `pad_id` (0), `dropout_rate` (0.1).
+          One of `num_heads` and `key_size` tells the other; without both, heads of 64 are assumed, as the original's.
+        - "haiku-lm-example": that of Haiku's official example. The same, but `model_size`, `attn_size` and `pad_token`
+          for `d_model`, `key_size` and `pad_id`; heads are of any width, so that one of the two fields is needed.
+        - "functional-transformer": the purely functional one, by the paths of its parameters
+          (`layers[0]/heads[1]/query`). `n_vocab`, `d_model`, `n_layers`, `n_heads`, `d_k`, `d_ff`, `max_len`; `eps`
+          (1e-5), `lambda_e` (`d_model ** -0.5`), `lambda_pe` (1), `tau` (`d_k ** -0.5`). `use_bias` and `merge` ("sum"
+          or "concatenate") say which of the two models it is: with biases the article's, whose heads are summed.
+
+      Sizes that are missing are those of the arrays; a nested dictionary of arrays will do.
+    - `head`: of "roberta-tf", a classifier's parameters make a `SequenceClassifier`, others an `Encoder`, and
+      `MaskedLM` or `SentenceEmbedder` may be asked for (others are put on the encoder by `Head.of`). The others make a
+      `CausalLM`, or the bare `Transformer` or `FunctionalTransformer`.
     - `source` names where the arrays came from, for the origin.
 
     The model computes what the original does. That is not always what the reference library computes: `export` says
