@@ -1,0 +1,180 @@
+"""The doors: `generate` and `beam_search` check a request, choose its shapes, and run the loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Array, Bool, Int, Integer, PRNGKeyArray
+
+from . import beam, loop
+from .beam import Beams, Rule
+from .loop import Ends
+from .request import Prompt, changing, ends_of, filtering, number, prompt_of, whole
+
+Batch = Integer[Array | np.ndarray, "batch seq"]
+Attended = Bool[Array | np.ndarray, "batch seq"] | Integer[Array | np.ndarray, "batch seq"]
+Stream = Callable[[np.ndarray], bool | None]
+UNSET: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+
+
+def generate(
+    model: Any,
+    token_ids: Batch,
+    *,
+    attention_mask: Attended | None = None,
+    max_new_tokens: int,
+    end_ids: int | Sequence[int] | None = None,
+    padding_id: int | None = None,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    key: PRNGKeyArray | None = None,
+    stream: Stream | None = None,
+    cache_length: int | None = None,
+) -> Int[Array, "batch max_new_tokens"]:
+    """The tokens that `model` continues each prompt with: its best ones, samples with a `key`, or by beam search.
+
+    - `token_ids`, `attention_mask`: a batch of prompts. Padding (mask 0) may stand anywhere: each row gives what it
+      gives alone.
+    - `max_new_tokens`: where every row ends. `end_ids`: tokens that end a row before, themselves included; behind them
+      stands `padding_id` (the first of `end_ids` unless given, or 0). All is over when all rows have ended.
+    - `min_new_tokens`: no end token before there are so many.
+    - `repetition_penalty`: divides positive scores of tokens that are there already, prompt included, and multiplies
+      negative ones. `no_repeat_ngram`: no n tokens in a row occur twice.
+    - `key` draws from the distribution instead of taking the best token. `temperature`, `top_k`, `top_p` and `min_p`
+      shape it, in this order. Row i draws from a key folded with i: the other rows change nothing.
+    - `beams`, `length_penalty`, `early_stopping`: see `beam_search`, of which this gives the best sequence.
+    - `stream(tokens)` is called with the next token of every row, ` batch`, as they come; True stops after them.
+    - `cache_length`: slots for prompt and new tokens, to have one size for all calls; None: as many as are needed,
+      rounded up.
+
+    One program is compiled for a shape: prompts and new tokens are each rounded up to a power of two, at least 64. How
+    many new tokens, which ends, and all numbers but `top_k` and `no_repeat_ngram` may change without compiling.
+    Models that are equal but for the numbers in their arrays share programs.
+
+    `model` has `init_cache(length)` and `step(token_ids, cache, *, last, attention_mask)` for one sequence (see
+    `CausalLM`). Raises a `ValueError` before anything runs where an option makes no sense, the cache is too short, the
+    tokens are more than the model has positions for, or its blocks are stacked; and after it ran where a score was NaN.
+    """
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    more = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
+    more |= {"min_new_tokens": min_new_tokens}
+    if whole("beams", beams, 1) > 1:
+        _expect_unset(f"beams = {beams} search for the likeliest sequence", sampling | {"key": key, "stream": stream})
+        found = beam_search(
+            model,
+            token_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            end_ids=end_ids,
+            padding_id=padding_id,
+            beams=beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            cache_length=cache_length,
+            **more,
+        )
+        return found.tokens[:, 0]
+    _expect_unset("beams = 1", {"length_penalty": length_penalty, "early_stopping": early_stopping})
+    if key is None:
+        _expect_unset("without a key the best token is taken", sampling)
+    ends = ends_of(end_ids, padding_id)
+    processors = changing(ends, **more) + filtering(**sampling)
+    prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
+    if stream is None:
+        bound = number(max_new_tokens, np.int32)
+        tokens, sound = loop.run(model, prompt.ids, prompt.real, prompt.length, bound, processors, ends, key)
+    else:
+        tokens, sound = _streamed(model, prompt, max_new_tokens, processors, ends, key, stream)
+    _expect_sound(sound)
+    return tokens[:, :max_new_tokens]
+
+
+def beam_search(
+    model: Any,
+    token_ids: Batch,
+    *,
+    attention_mask: Attended | None = None,
+    max_new_tokens: int,
+    beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    end_ids: int | Sequence[int] | None = None,
+    padding_id: int | None = None,
+    min_new_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int | None = None,
+    cache_length: int | None = None,
+) -> Beams:
+    r"""The `beams` best continuations of each prompt that were found, the best first, and their scores.
+
+    Of every row the `beams` likeliest sequences are kept. The score of one that has ended, of $n$ new tokens, is
+    $\sum \log p / n^{\mathrm{length\_penalty}}$: above 0 longer ones gain, below 0 they lose.
+
+    - `early_stopping=False`: a row is done when its best sequence under way, scored as if it ended now, is no better
+      than the worst of `beams` ended ones. True: as soon as `beams` have ended. "never": when even at the length that
+      is best for its score it could not be better.
+
+    All else is as in `generate`. A row needs `beams` times its cache. Source: transformers' beam search, 5.x.
+    """
+    ends = ends_of(end_ids, padding_id)
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping must be True, False or 'never', but it is {early_stopping!r}.")
+    processors = changing(
+        ends,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram=no_repeat_ngram,
+        min_new_tokens=min_new_tokens,
+    )
+    whole("beams", beams, 1)
+    prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
+    when = number(early_stopping is True, bool), number(early_stopping == "never", bool)
+    rule = Rule(beams, *when, number(length_penalty), number(max_new_tokens, np.int32))
+    found, sound = beam.run(model, prompt.ids, prompt.real, prompt.length, processors, ends, rule)
+    _expect_sound(sound)
+    return found._replace(tokens=found.tokens[..., :max_new_tokens])
+
+
+def _streamed(
+    model: Any,
+    prompt: Prompt,
+    max_new_tokens: int,
+    processors: tuple[Any, ...],
+    ends: Ends,
+    key: PRNGKeyArray | None,
+    stream: Stream,
+) -> tuple[Int[Array, "batch new"], Bool[Array, ""]]:
+    """The same in steps of one token, each of which is handed on before the next one is computed."""
+    width = prompt.ids.shape[-1]
+    stepper, state, token = loop.run_begin(model, prompt.ids, prompt.real, prompt.length, processors, ends, key)
+    for new in range(1, max_new_tokens + 1):
+        _expect_sound(state.sound)
+        wants_no_more = stream(np.asarray(token))
+        if wants_no_more or new == max_new_tokens or np.asarray(state.ended).all():
+            break
+        state, token = loop.run_advance((stepper, processors, ends, key), state, width)
+    return loop.filled(state, width, ends), state.sound
+
+
+def _expect_unset(why: str, options: dict[str, Any]) -> None:
+    defaults = UNSET | {"key": None, "stream": None, "length_penalty": 1.0, "early_stopping": False}
+    given = [name for name, value in options.items() if value is not defaults[name] and value != defaults[name]]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: no effect here, for {why}. Leave {'it' if len(given) == 1 else 'them'} out."
+        )
+
+
+def _expect_sound(sound: Bool[Array, ""]) -> None:
+    if not sound:
+        raise ValueError(
+            "The model's scores are NaN: a token id outside of its vocabulary gives that, and so do weights or"
+            " activations that overflow. Check token_ids, end_ids and padding_id against the tokenizer."
+        )

@@ -1,0 +1,197 @@
+"""The one loop: the prompts in one pass, then a token a row and turn, over a cache that never grows.
+
+It knows of a model only `init_cache` and `step`, and of how it begins only a `Start`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .processors import SoFar, processed
+from .turned import for_rows
+
+C = TypeVar("C")
+
+
+class Start(NamedTuple):
+    """Where generation begins: an empty cache for every row, and the first tokens, which end at the right edge."""
+
+    cache: Any
+    ids: Int[Array, "rows prompt"]
+    real: Bool[Array, "rows prompt"]
+
+
+class Ends(NamedTuple):
+    """After which tokens a row has ended, and what stands behind them."""
+
+    ids: Int[Array, " ends"]
+    padding_id: Int[Array, ""]
+
+
+class State(NamedTuple):
+    """Rows that are under way: `new` tokens each, of which the last one is not in the cache yet.
+
+    `ids` and `real` are the tokens in the slots of the cache, the prompt's and then the new ones. `sound` is False once
+    a score was NaN.
+    """
+
+    cache: Any
+    ids: Int[Array, "rows length"]
+    real: Bool[Array, "rows length"]
+    new: Int[Array, ""]
+    ended: Bool[Array, " rows"]
+    sound: Bool[Array, ""]
+
+
+def causal_start(model: Any, ids: Int[Array, "rows prompt"], real: Bool[Array, "rows prompt"], length: int) -> Start:
+    """Of a model that continues its prompt."""
+    axes = jax.eval_shape(lambda: model.init_cache(length)).axes
+    return Start(jax.vmap(lambda _: model.init_cache(length), out_axes=axes)(ids[:, 0]), ids, real)
+
+
+def over_rows(f: Callable[[Array], Array], cache: C) -> C:
+    """The cache with `f` of every array that has rows."""
+    is_none = lambda x: x is None
+    return jax.tree.map(lambda axis, x: x if axis is None else f(x), cache.axes, cache, is_leaf=is_none)
+
+
+def stepped(
+    model: Any, ids: Int[Array, "rows seq"], cache: C, real: Bool[Array, "rows seq"]
+) -> tuple[Float[Array, "rows vocab"], C]:
+    """The scores of every row's next token, in float32, and the cache with these tokens."""
+    one = lambda ids, cache, real: model.step(ids, cache, last=True, attention_mask=real)
+    scores, cache = jax.vmap(one, in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
+    return scores[:, -1].astype(jnp.float32), cache
+
+
+def wide(x: Array, length: int) -> Array:
+    """Room for `length` slots."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[-1])))
+
+
+def column(x: Array, index: Int[Array, ""] | int) -> Array:
+    """Slot `index` of every row, `rows 1`."""
+    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1)
+
+
+def put(x: Array, index: Int[Array, ""] | int, column: Array) -> Array:
+    """With these in slot `index` of every row."""
+    return jax.lax.dynamic_update_slice_in_dim(x, column[:, None].astype(x.dtype), index, axis=1)
+
+
+def begin(
+    model: Any, start: Start, length: int, processors: tuple[Any, ...], ends: Ends, key: PRNGKeyArray | None
+) -> State:
+    """After the first new token."""
+    rows = len(start.ids)
+    scores, cache = stepped(model, start.ids, start.cache, start.real)
+    no, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    state = State(cache, wide(start.ids, length), wide(start.real, length), no, jnp.zeros(rows, bool), yes)
+    return _chosen(state, scores, start.ids.shape[-1], processors, ends, key)
+
+
+def advance(
+    model: Any,
+    state: State,
+    prompt: int,
+    bound: Int[Array, ""],
+    processors: tuple[Any, ...],
+    ends: Ends,
+    key: PRNGKeyArray | None,
+) -> State:
+    """Until there are `bound` new tokens or every row has ended; `prompt` slots come before them."""
+
+    def more(state: State) -> Bool[Array, ""]:
+        return (state.new < bound) & ~state.ended.all()
+
+    def turn(state: State) -> State:
+        last = prompt + state.new - 1
+        scores, cache = stepped(model, column(state.ids, last), state.cache, column(state.real, last))
+        return _chosen(state._replace(cache=cache), scores, prompt, processors, ends, key)
+
+    return jax.lax.while_loop(more, turn, state)
+
+
+def _chosen(
+    state: State,
+    scores: Float[Array, "rows vocab"],
+    prompt: int,
+    processors: tuple[Any, ...],
+    ends: Ends,
+    key: PRNGKeyArray | None,
+) -> State:
+    """With one more token in every row: the best, or with a `key` a sample, which the other rows do not change."""
+    index = prompt + state.new
+
+    def one(row, scores, ids, real):
+        scores = processed(processors, scores, SoFar(ids, real, index, state.new))
+        token = jnp.argmax(scores) if key is None else jax.random.categorical(_fold(key, row, state.new), scores)
+        return token.astype(jnp.int32), ~jnp.isnan(scores[token])
+
+    found, sound = jax.vmap(one)(jnp.arange(len(scores)), scores, state.ids, state.real)
+    token = jnp.where(state.ended, ends.padding_id, found)
+    return State(
+        state.cache,
+        put(state.ids, index, token),
+        put(state.real, index, ~state.ended),
+        state.new + 1,
+        state.ended | jnp.any(token[:, None] == ends.ids[None, :], axis=1),
+        state.sound & jnp.all(sound | state.ended),
+    )
+
+
+def _fold(key: PRNGKeyArray, *numbers: Int[Array, ""]) -> PRNGKeyArray:
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def filled(state: State, prompt: int, ends: Ends) -> Int[Array, "rows new"]:
+    """The new tokens; padding behind each row's end."""
+    return jnp.where(state.real[:, prompt:], state.ids[:, prompt:], ends.padding_id)
+
+
+@eqx.filter_jit
+def run(
+    model: Any,
+    ids: Int[Array, "rows prompt"],
+    real: Bool[Array, "rows prompt"],
+    length: int,
+    bound: Int[Array, ""],
+    processors: tuple[Any, ...],
+    ends: Ends,
+    key: PRNGKeyArray | None,
+) -> tuple[Int[Array, "rows new"], Bool[Array, ""]]:
+    """All of it as one program: the new tokens, and whether no score was NaN."""
+    state = begin(model, causal_start(model, ids, real, length), length, processors, ends, key)
+    prompt = ids.shape[-1]
+    state = advance(for_rows(model, len(ids)), state, prompt, bound, processors, ends, key)
+    return filled(state, prompt, ends), state.sound
+
+
+@eqx.filter_jit
+def run_begin(
+    model: Any,
+    ids: Int[Array, "rows prompt"],
+    real: Bool[Array, "rows prompt"],
+    length: int,
+    processors: tuple[Any, ...],
+    ends: Ends,
+    key: PRNGKeyArray | None,
+) -> tuple[Any, State, Int[Array, " rows"]]:
+    """The beginning alone, for a caller who looks at every token: the model for `run_advance`, and the first ones."""
+    prompt = ids.shape[-1]
+    state = begin(model, causal_start(model, ids, real, length), length, processors, ends, key)
+    return for_rows(model, len(ids)), state, column(state.ids, prompt)[:, 0]
+
+
+@eqx.filter_jit(donate="all-except-first")
+def run_advance(given: tuple[Any, ...], state: State, prompt: int) -> tuple[State, Int[Array, " rows"]]:
+    """One more token, in the same buffers. `given` is the model and what follows the bound in `advance`."""
+    model, *rest = given
+    state = advance(model, state, prompt, state.new + 1, *rest)
+    return state, column(state.ids, prompt + state.new - 1)[:, 0]
