@@ -10,6 +10,7 @@ import pytest
 import converters
 import eqx_transformers
 import eqx_transformers.nn
+import eqx_transformers.training
 
 HERE = Path(__file__)
 OURS = ("eqx_transformers", "converters")
@@ -86,7 +87,7 @@ def uses() -> list[object]:
 USED = uses()
 PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in (eqx_transformers, eqx_transformers.nn, converters)
+    for package in (eqx_transformers, eqx_transformers.nn, eqx_transformers.training, converters)
     for name in exported(package)
 ]
 

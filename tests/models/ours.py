@@ -12,11 +12,18 @@ from eqx_transformers import (
     BERT,
     DISTILBERT,
     ELECTRA,
+    FUNCTIONAL_2022,
+    HAIKU_EXAMPLE,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
     ROBERTA,
     XLM_R,
     CausalLM,
     Discriminator,
     Encoder,
+    GPT2Config,
     MaskedLM,
     MultipleChoice,
     NextSentencePredictor,
@@ -37,6 +44,18 @@ CONFIGS = {
     "xlm-roberta": replace(XLM_R, **SIZES, activation="relu"),
     "distilbert": replace(DISTILBERT, **SIZES),
     "electra": replace(ELECTRA, **SIZES, embedding_dim=13, activation="silu"),
+}
+ROTARY = SIZES | {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "attention_dropout": 0.1}
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_base": 30.0, "rope_original_positions": 8}
+# Every fact that decides the function is somewhere; sequences are longer than the windows and the original positions.
+DECODERS = {
+    "gpt2": GPT2Config(**SIZES, padding_id=1, labels=3),
+    "llama": replace(LLAMA, **ROTARY, **LLAMA3, padding_id=1, labels=3),
+    "mistral": replace(MISTRAL, **ROTARY, window=4),
+    "qwen2": replace(QWEN2, **ROTARY, window=5, windowed=(False, True), rope_scaling="linear", rope_factor=3.0),
+    "qwen3": replace(QWEN3, **ROTARY, tied=True, output_bias=True, mlp_bias=True, activation="gelu_tanh"),
+    "haiku": replace(HAIKU_EXAMPLE, **{k: v for k, v in SIZES.items() if k != "mlp_dim"}, head_dim=5),
+    "functional": replace(FUNCTIONAL_2022, **SIZES, head_dim=5),
 }
 # The models of one sequence, and what a call of each gives.
 SHAPES = {
@@ -72,7 +91,7 @@ def filled(tree, seed=0, dtype="float32"):
 @functools.cache
 def make(head, family, stacked=False, **facts):
     """A model of `family` under changed facts."""
-    model = filled(skeleton(head, replace(CONFIGS[family], **facts)))
+    model = filled(skeleton(head, replace((CONFIGS | DECODERS)[family], **facts)))
     return stack(model) if stacked else model
 
 
