@@ -11,27 +11,68 @@ MISSING: Any = object()
 
 @dataclass(frozen=True)
 class Fact:
-    """One field of config.json (`theirs`) and one of our config (`ours`): `read` and `write` are each other's inverse.
+    """Fields of config.json (`theirs`) that say fields of our config (`ours`): mostly one each, or some together.
 
-    `default` stands for an absent field, as the reference library's own default does. `read` raises a `ValueError`
-    for what it does not understand.
+    `read` makes our values of theirs, in order, and `write` theirs of ours; they are each other's inverse. `default`
+    stands for absent fields, as the reference library's own defaults do. `read` raises a `ValueError` for what it does
+    not understand.
     """
 
-    theirs: str
-    ours: str
-    read: Callable[[Any], Any]
-    write: Callable[[Any], Any]
-    default: Any = MISSING
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    read: Callable[..., tuple[Any, ...]]
+    write: Callable[..., tuple[Any, ...]]
+    default: tuple[Any, ...]
+
+    def stated(self, fields: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Their values in a config; `MISSING` where neither it nor the default says one."""
+        return tuple(fields.get(name, default) for name, default in zip(self.theirs, self.default, strict=True))
 
 
-def modern(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields under the names that the reference uses today; the value of an old name yields to a new one."""
+@dataclass(frozen=True)
+class Older:
+    """The field `new` as older configs spell it: `read` makes it of all fields where one of `old` is among them."""
+
+    new: str
+    old: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Any]
+
+
+def renamed(new: str, old: str) -> Older:
+    """A field that had another name; where a config has both, the new one counts."""
+    return Older(new, (old,), lambda fields: fields[old] if fields.get(new) is None else fields[new])
+
+
+def _names(fields: Mapping[str, Any]) -> Any:
+    count = fields["num_labels"]
+    counted = {str(i): f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else None
+    return counted if fields.get("id2label") is None else fields["id2label"]
+
+
+OLDER = (renamed("dtype", "torch_dtype"), Older("id2label", ("num_labels",), _names))
+
+
+def modern(config: Mapping[str, Any], older: tuple[Older, ...] = OLDER) -> dict[str, Any]:
+    """The fields under the names that the reference uses today; a null under an old name says nothing."""
     fields = dict(config)
-    if "torch_dtype" in fields:
-        fields.setdefault("dtype", fields["torch_dtype"])
-    if fields.get("id2label") is None and isinstance(fields.get("num_labels"), int):
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(fields["num_labels"])}
+    for one in older:
+        if any(config.get(name) is not None for name in one.old):
+            value = one.read(config)
+            fields = {k: v for k, v in fields.items() if k not in one.old}
+            fields |= {} if value is None else {one.new: value}
     return fields
+
+
+def respelled(
+    fields: Mapping[str, Any], original: Mapping[str, Any], older: tuple[Older, ...] = OLDER
+) -> dict[str, Any]:
+    """Today's fields with what `original` says too in the words that it has for it: the way back from `modern`."""
+    today, back = modern(original, older), dict(fields)
+    for one in older:
+        said = {name: original[name] for name in (one.new, *one.old) if name in original}
+        if said and back.get(one.new) == today.get(one.new):
+            back = {k: v for k, v in back.items() if k != one.new} | said
+    return back
 
 
 def whole(value: Any) -> int:
@@ -80,19 +121,19 @@ def optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def fact(theirs: str, ours: str, read: Callable[[Any], Any], default: Any = MISSING) -> Fact:
     """A fact that is spelled alike on both sides."""
-    return Fact(theirs, ours, read, lambda value: value, default)
+    return Fact((theirs,), (ours,), lambda value: (read(value),), lambda value: (value,), (default,))
 
 
 def choice(theirs: str, ours: str, names: Mapping[str, str], default: Any = MISSING) -> Fact:
     """A fact with a vocabulary: their words to ours. Where several of theirs mean one of ours, the first is written."""
     back = {our: their for their, our in reversed(list(names.items()))}
 
-    def read(value: Any) -> str:
+    def read(value: Any) -> tuple[str]:
         if not isinstance(value, str) or value not in names:
             raise ValueError(f"expected one of {', '.join(names)}")
-        return names[value]
+        return (names[value],)
 
-    return Fact(theirs, ours, read, back.__getitem__, default)
+    return Fact((theirs,), (ours,), read, lambda value: (back[value],), (default,))
 
 
 def read(
@@ -110,14 +151,15 @@ def read(
     """
     wrong, ours = [], {}
     for one in facts:
-        value = config.get(one.theirs, one.default)
-        if value is MISSING:
-            wrong.append(f"{one.theirs} is missing")
+        values = one.stated(config)
+        if any(value is MISSING for value in values):
+            wrong += [f"{name} is missing" for name, x in zip(one.theirs, values, strict=True) if x is MISSING]
             continue
         try:
-            ours[one.ours] = one.read(value)
+            ours |= zip(one.ours, one.read(*values), strict=True)
         except ValueError as error:
-            wrong.append(f"{one.theirs} = {value!r}: {error}")
+            said = ", ".join(f"{name} = {value!r}" for name, value in zip(one.theirs, values, strict=True))
+            wrong.append(f"{said}: {error}")
     for name, allowed in fixed.items():
         value = config.get(name)
         if value is not None and value not in allowed:
@@ -139,7 +181,7 @@ def unknown(
     config: Mapping[str, Any], facts: tuple[Fact, ...], fixed: Mapping[str, Any], irrelevant: frozenset[str]
 ) -> list[str]:
     """The fields of which nothing is known; a null says nothing."""
-    known = {one.theirs for one in facts} | fixed.keys() | irrelevant
+    known = {name for one in facts for name in one.theirs} | fixed.keys() | irrelevant
     return sorted(name for name, value in config.items() if name not in known and value is not None)
 
 
@@ -148,10 +190,10 @@ def write(ours: Any, facts: tuple[Fact, ...], original: Mapping[str, Any] | None
     original = {} if original is None else original
     fields = dict(original)
     for one in facts:
-        value = getattr(ours, one.ours)
-        said = original.get(one.theirs, one.default if original else MISSING)
-        if said is MISSING or one.read(said) != value:
-            fields[one.theirs] = one.write(value)
+        values = tuple(getattr(ours, name) for name in one.ours)
+        said = one.stated(original) if original else (MISSING,)
+        if any(value is MISSING for value in said) or one.read(*said) != values:
+            fields |= zip(one.theirs, one.write(*values), strict=True)
     return fields
 
 

@@ -52,18 +52,26 @@ def _layers(missing: Collection[str], unexpected: Collection[str], config: objec
         yield f"config.json says {depth} layers, the file has {max(surplus) + 1}"
 
 
+NUMBER = re.compile(r"(?:^|[./])(?:layer|block|h|layers)[./](\d+)[./]")
+
+
 def _numbers(keys: Collection[str]) -> set[int]:
-    return {int(found[1]) for key in keys if (found := re.search(r"[./](?:layer|block|h|layers)[./](\d+)[./]", key))}
+    return {int(found[1]) for key in keys if (found := NUMBER.search(key))}
 
 
 def _whole(numbers: set[int]) -> bool:
     return len(numbers) == max(numbers) - min(numbers) + 1
 
 
+# What files call the token embedding, and the matrix of an output.
+EMBEDDINGS = ("word_embeddings", "embed_tokens", "wte")
+OUTPUTS = tuple(f"{name}{last}" for name in ("decoder", "lm_head") for last in (".weight", "/kernel"))
+
+
 def _vocabulary(mismatched: Mapping[str, tuple[Shape, Shape]]) -> Iterator[str]:
     """A vocabulary that was resized after config.json was written."""
     for key, (expected, found) in mismatched.items():
-        if "word_embeddings" in key and expected[1:] == found[1:]:
+        if any(name in key for name in EMBEDDINGS) and expected[1:] == found[1:]:
             yield (
                 f"config.json says a vocabulary of {expected[0]}, the file has {found[0]} rows:"
                 f" override={{'vocab_size': {found[0]}}} takes them all"
@@ -72,7 +80,7 @@ def _vocabulary(mismatched: Mapping[str, tuple[Shape, Shape]]) -> Iterator[str]:
 
 def _untied(missing: Sequence[str] | Collection[str]) -> Iterator[str]:
     """An untied config with a tied model's file."""
-    if any(key.endswith(("decoder.weight", "decoder/kernel")) for key in missing):
+    if any(key.endswith(OUTPUTS) for key in missing):
         yield (
             "config.json says tie_word_embeddings = false, but the file has no output matrix of its own, as a tied"
             " model's: override={'tied': True} if it is one"

@@ -64,15 +64,13 @@ def export(
 def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     family = FAMILIES[model.config.family]
     original = origin.config if origin is not None and origin.family == family.model_type else None
-    fields = configs.write(model.config, family.facts, None if original is None else configs.modern(original))
-    fields = {
-        k: v for k, v in fields.items() if original is None or k in original or configs.modern(original).get(k) != v
-    }
+    today = None if original is None else configs.modern(original, family.older)
+    fields = configs.write(model.config, family.facts, today)
     fields |= {"architectures": [family.architecture(type(model))], "model_type": family.model_type}
     dtypes = {str(s.dtype) for s in specs.values()}
-    spelled = "torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"
     if len(dtypes) == 1:
-        fields[spelled] = dtypes.pop()
+        fields["dtype"] = dtypes.pop()
+    fields = fields if original is None else configs.respelled(fields, original, family.older)
     if "id2label" in fields:
         fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
     _expect_said(model, family, fields)
@@ -88,10 +86,11 @@ def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None
     said, unsaid = {}, []
     for one in family.facts:
         try:
-            said[one.ours] = one.read(configs.modern(written).get(one.theirs, one.default))
+            said |= zip(one.ours, one.read(*one.stated(configs.modern(written, family.older))), strict=True)
         except ValueError as error:
-            said[one.ours] = getattr(model.config, one.ours)
-            unsaid.append(f"{one.ours} = {said[one.ours]!r} ({error})")
+            meant = {name: getattr(model.config, name) for name in one.ours}
+            said |= meant
+            unsaid.append(f"{', '.join(f'{name} = {value!r}' for name, value in meant.items())} ({error})")
     again = dataclasses.replace(family.defaults, **said)
     unsaid += [
         f"{f.name} = {getattr(model.config, f.name)!r} (it would be read as {getattr(again, f.name)!r})"

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from .config import Fact
+import numpy as np
+
+from .config import OLDER, Fact, Older
 from .errors import ConversionError
 from .rules import Table
 from .spelling import Prefixed, Spelling
@@ -16,17 +18,28 @@ class Family:
 
     - `model_type`: its word in config.json; `defaults`: our config with the facts that config.json does not state.
     - `architectures`: the reference's class names, and the class of ours that each is. The first is
-      the bare encoder.
+      the bare encoder or decoder.
     - `like`: classes of ours whose tensors are another's (a sentence embedder's are the bare encoder's).
     - `carries`: further classes of ours whose heads a file of an architecture holds, or a part of them: what is there
       is read, the rest drawn.
-    - `prefix`: what stands before the encoder's keys in a file with a head (`bert.`); a bare encoder's has nothing.
-    - `roots`: the first steps of a bare encoder's keys.
-    - `facts`, `fixed`, `irrelevant`: see `config.read`.
+    - `prefix`: what stands before the backbone's keys in a file with a head (`bert.`); a bare one's has nothing.
+    - `roots`: the first steps of a bare backbone's keys.
+    - `facts`, `fixed`, `irrelevant`: see `config.read`; `older`: see `config.modern`.
     - `table(config, model_class)`: rules, ties, ignored keys; keys as in a file with a head, in today's spelling.
     - `observe(config, model_class, keys, fields)`: the config with what only the tensors decide, such as a pooler.
     - `legacy`: endings of old key names and what they are called now.
+    - `flax`: what the reference's Flax models call the weight of a module, by endings of its name; all others' is a
+      kernel. None where the reference had none, so that the names in such a file would be guessed.
+
+    To run the reference beside it:
+
     - `probes(model_class)`: our modules and theirs that compute the same, in order of execution; `{i}` is a layer.
+    - `inputs(config, ids, mask, rng)`: what both are called with beside ids and mask.
+    - `options(model)`: what the reference must be told of a model that config.json does not say.
+    - `reads`: which token's state stands for a sequence.
+
+    Of a dictionary of arrays, or where files differ in more than a prefix:
+
     - `spell(keys, family)`: how a file with these keys names tensors.
     - `recognise(keys)`: the architecture of a file whose config does not name one, by the tables' names.
     """
@@ -47,6 +60,13 @@ class Family:
     probes: Callable[[type], tuple[tuple[str, str], ...]]
     spell: Callable[[Collection[str], "Family"], Spelling] = Prefixed.of
     recognise: Callable[[Collection[str]], str] | None = None
+    older: tuple[Older, ...] = OLDER
+    flax: Mapping[str, str] | None = None
+    inputs: Callable[[Any, np.ndarray, np.ndarray, np.random.Generator], dict[str, np.ndarray]] = (
+        lambda config, ids, mask, rng: {}
+    )
+    options: Callable[[Any], dict[str, Any]] = lambda model: {}
+    reads: Literal["first", "last"] = "first"
 
     def architecture(self, model_class: type) -> str:
         """What the reference calls this class of ours. Raises a `ConversionError` where it has no such model."""
@@ -58,8 +78,13 @@ class Family:
         raise ConversionError(f"There is no {model_class.__name__} of {self.model_type}: that has {known}.")
 
     def is_bare(self, model_class: type) -> bool:
-        """Whether the reference's class is the encoder alone, whose keys have no prefix."""
-        return next(iter(self.architectures.values())) is self.like.get(model_class, model_class)
+        """Whether the reference's class is the backbone alone, whose keys have no prefix."""
+        return self.bare is self.like.get(model_class, model_class)
+
+    @property
+    def bare(self) -> type:
+        """Our class of the backbone alone."""
+        return next(iter(self.architectures.values()))
 
     @property
     def models(self) -> dict[str, type]:

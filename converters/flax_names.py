@@ -1,9 +1,11 @@
 """What the reference library's Flax models call their tensors, and how they turn them.
 
 The rule of transformers 4: modules are named as in torch, with "/" between them. A linear layer's weight is a `kernel`
-of (inputs, outputs), a LayerNorm's is `scale`, an embedding's `embedding`. Tied, the decoder of a masked-LM head has
-no parameters. Untied, that of BERT and RoBERTa has a kernel and no bias: the head's one bias is its own, where torch
-lists it twice. All of it from transformers 4's modeling_flax_*.py and modeling_flax_pytorch_utils.py.
+of (inputs, outputs), a LayerNorm's is `scale`, an RMSNorm's `weight`, an embedding's `embedding`. Where torch's layers
+hold (inputs, outputs), as GPT-2's do, Flax's hold (outputs, inputs): every kernel is turned. Tied, the decoder of a
+masked-LM head, or the output of a causal one, has no parameters. Untied, that of BERT and RoBERTa has a kernel and no
+bias: the head's one bias is its own, where torch lists it twice. All of it from transformers 4's modeling_flax_*.py and
+modeling_flax_pytorch_utils.py.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from eqx_transformers.tensor_file import Spec
 
+from .errors import UnsupportedConfig
 from .spelling import Spelling
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ else:
     Family = object  # whose file imports this one, by way of the containers
 
 ENDINGS = ("kernel", "scale", "embedding")
-NORMS = ("layernorm", "layer_norm")
 HEADS = ("cls.predictions", "lm_head")  # whose bias torch lists a second time, as the decoder's
 
 NOTE = "names are Flax's: / stands for ., and kernels are turned"
@@ -52,10 +54,17 @@ class Flax:
     """The general rule, and below it the family's own spelling: with or without prefix, in old or new endings."""
 
     inner: Spelling
+    endings: Mapping[str, str]
 
     @classmethod
     def of(cls, keys: Collection[str], family: Family) -> "Flax":
-        return cls(family.spell(_by_dotted(keys), family))
+        """Raises an `UnsupportedConfig` for a family of which the reference had no Flax models."""
+        if family.flax is None:
+            raise UnsupportedConfig(
+                f"The weights are a Flax file, but transformers never had {family.model_type} in Flax: what such a file"
+                " calls its tensors, and how they lie, would be guessed. Convert safetensors or pytorch_model.bin."
+            )
+        return cls(family.spell(_by_dotted(keys), family), family.flax)
 
     def names(self, keys: Collection[str]) -> dict[str, str]:
         """See `Spelling`. A bias that torch lists twice has both names."""
@@ -71,10 +80,7 @@ class Flax:
         if key in [f"{head}.decoder.bias" for head in HEADS]:
             key = key.replace(".decoder", "")
         *modules, last = self.inner.old(key).split(".")
-        return "/".join((*modules, _ending(modules[-1]) if modules and last == "weight" else last))
+        return "/".join((*modules, self._ending(modules[-1]) if modules and last == "weight" else last))
 
-
-def _ending(module: str) -> str:
-    if module.lower().endswith(NORMS):
-        return "scale"
-    return "embedding" if module.endswith("_embeddings") else "kernel"
+    def _ending(self, module: str) -> str:
+        return next((word for end, word in self.endings.items() if module.lower().endswith(end)), "kernel")

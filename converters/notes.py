@@ -1,7 +1,7 @@
 """What a report says beside its lists: things that are no fault, and that somebody should know."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from eqx_transformers.tensor_file import Spec
 
@@ -38,16 +38,27 @@ def _dtypes(fields_: Mapping[str, Any], specs: Mapping[str, Spec]) -> tuple[str,
     )
 
 
-def of_shape(untied: bool, architecture: str, headless: bool) -> tuple[str, ...]:
-    """What the tensors say of the model that config.json does not."""
-    if headless:
-        return (
-            f"config.json names {architecture}, but the file holds the encoder alone: head=Encoder (--head Encoder)"
-            " loads it",
-        )
-    if untied:
-        return (
-            "the file holds a decoder that differs from the token embedding, so the model is untied,"
-            " as transformers 5 reads it",
-        )
-    return ()
+Head = Literal["missing", "tied", "there"]
+
+
+def of_shape(untied: bool, architecture: str, family: Family, head: Head | None) -> tuple[str, ...]:
+    """What the tensors say of the model that config.json does not.
+
+    `head`: what a file whose keys are spelled as a bare model's has of the head that config.json names; None of any
+    other file.
+    """
+    notes = {True: (UNTIED,), False: ()}[untied]
+    if head is None:
+        return notes
+    bare = family.bare.__name__
+    if head == "missing":
+        said = f"but the file holds the bare {bare} alone: head={bare} (--head {bare}) loads it"
+    else:
+        said = f"and the keys are a bare {bare}'s, without {family.prefix!r} before them; no head is lacking"
+        said += ", for its output is the token embedding" if head == "tied" else ""
+    return (f"config.json names {architecture}, {said}", *notes)
+
+
+UNTIED = (
+    "the file holds a decoder that differs from the token embedding, so the model is untied, as transformers 5 reads it"
+)

@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .errors import ConversionError, MalformedCheckpoint, UnsupportedConfig
 from .examine import examine
 from .family import Family
-from .notes import notes_of, of_shape
+from .notes import Head, notes_of, of_shape
 from .recognition import architecture_of, dotted_keys, dressed_as, family_of, model_class_of, spelling_of
 from .report import Report
 from .request import Request, config_of
@@ -52,8 +52,8 @@ def make_plan(
     `untied`: the tensors contradict a tied config. `family`: where the config does not name it. `notes` go into the
     report.
     """
-    fields_ = configs.modern(checkpoint.config)
-    family = family_of(fields_) if family is None else family
+    family = family_of(checkpoint.config) if family is None else family
+    fields_ = configs.modern(checkpoint.config, family.older)
     spelling = spelling_of(checkpoint, family)
     names = spelling.names(checkpoint.specs)
     _expect_all_named(names, checkpoint.specs)
@@ -90,7 +90,7 @@ def make_plan(
             *checkpoint.notes,
             *notes,
             *notes_of(checkpoint, fields_, family, request),
-            *of_shape(untied, architecture, bare and not family.is_bare(model_class) and not request.head),
+            *of_shape(untied, architecture, family, _head_of(bare, family, model_class, request, kept, names)),
         ),
     )
     plan = Plan(family, architecture, model_class, config, built, names, kept, table, report)
@@ -113,15 +113,42 @@ def ties_in(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _built(model_class: type, config: Any, request: Request, num_tensors: int) -> Any:
-    """The skeleton; what cannot be built is no reason for a traceback, and millions of layers none to wait."""
+    """The skeleton; what cannot be built is no reason for a traceback, and millions of layers none to wait.
+
+    Raises a `ConversionError` where blocks are to be stacked that differ.
+    """
     if config.num_layers > num_tensors:
         raise UnsupportedConfig(
             f"The config asks for {config.num_layers} layers, but all of the checkpoint is {num_tensors} tensors."
         )
     try:
-        return skeleton(model_class, config, request.stacked)
+        built = skeleton(model_class, config)
     except ValueError as error:
         raise UnsupportedConfig(f"The config describes a model that cannot be: {error}") from error
+    try:
+        return skeleton(model_class, config, True) if request.stacked else built
+    except ValueError as error:
+        raise ConversionError(
+            f"stacked=True asks for one block in the place of all layers, but the layers of this model differ: {error}"
+            " Load it without."
+        ) from error
+
+
+def _head_of(
+    bare: bool,
+    family: Family,
+    model_class: type,
+    request: Request,
+    links: Sequence[Link],
+    names: Collection[str],
+) -> Head | None:
+    """What a file whose keys are spelled as a bare model's has of its model's head; None of any other file."""
+    if not bare or not family.prefix or family.is_bare(model_class) or request.head is not None:
+        return None
+    keys = [key for link in links if not link.ours[0].startswith("backbone.") for key in link.keys]
+    if not keys:
+        return "tied"
+    return "there" if all(key in names for key in keys) else "missing"
 
 
 def _expect_classifier(model_class: type, request: Request) -> None:

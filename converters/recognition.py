@@ -57,17 +57,22 @@ def model_class_of(family: Family, architecture: str, dressed: Any, bare: bool, 
     if found is None:
         raise UnsupportedConfig(
             f"{architecture} is not supported; supported are:\n{supported()}\n"
-            f"head= loads the encoder of any {family.model_type} file under one of {', '.join(family.models)}."
+            f"head= loads the backbone of any {family.model_type} file under one of {', '.join(family.models)}."
         )
     # sentence-transformers leaves the name of the class that its encoder was taken from; the tensors are the encoder's.
-    found = next(iter(family.architectures.values())) if dressed and bare else found
+    found = family.bare if dressed and bare else found
     return next((one for one, like in family.like.items() if dressed and like is found), found)
 
 
 def dressed_as(directory: Path | None, family: Family, head: type | None) -> dict[str, Any] | None:
     """A sentence embedder's facts; one that is not understood does no harm where another model is asked for."""
-    if directory is None:
+    if directory is None or (not family.like and head is not None):
         return None
+    if not family.like and (directory / "modules.json").is_file():
+        raise UnsupportedConfig(
+            f"{directory / 'modules.json'} makes a sentence embedder of a {family.model_type}, which is not had here:"
+            f" head={family.bare.__name__} loads the model that it reads."
+        )
     try:
         return sentence.read(directory)
     except UnsupportedConfig:

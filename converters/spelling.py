@@ -24,7 +24,7 @@ class Spelling(Protocol):
 
 
 def is_bare(keys: Collection[str], family: Family) -> bool:
-    """Whether most of a file's encoder keys lack the family's prefix: a stray key does not decide."""
+    """Whether most of a file's backbone keys lack the family's prefix: a stray key does not decide."""
     inside = tuple(f"{family.prefix}{step}." for step in family.roots)
     inner, outer = sum(key.startswith(inside) for key in keys), sum(key.split(".")[0] in family.roots for key in keys)
     if inner == outer == 0:  # some wrapper's name may stand before all of them, which the report will say
@@ -34,7 +34,7 @@ def is_bare(keys: Collection[str], family: Family) -> bool:
 
 @dataclass(frozen=True)
 class Prefixed:
-    """With or without the encoder's prefix, in old or new endings: files of the reference library."""
+    """With or without the backbone's prefix, in old or new endings: files of the reference library."""
 
     prefix: str
     roots: tuple[str, ...]

@@ -18,24 +18,24 @@ Inputs = dict[str, np.ndarray]
 
 
 def random_inputs(model: Any, seed: int = SEED) -> Inputs:
-    """Random rows: a whole one, one padded right, one padded left, a short one; random token types.
+    """Random rows: a whole one, one padded right, one padded left, a short one; and what the family adds to them.
 
     For multiple choice, the same rows are the choices of two examples. All seeds have the same shapes and masks.
     """
-    config, rng = model.config, np.random.default_rng(seed)
-    first = config.position_offset if config.positions == "index" else config.padding_id + 1
-    length = min(LENGTH, config.max_positions - first)
+    config, rng, room = model.config, np.random.default_rng(seed), getattr(model, "backbone", model).room
+    family = FAMILIES[config.family]
+    length = LENGTH if room is None else min(LENGTH, room)
     ids = rng.integers(0, config.vocab_size, (ROWS, length))
     mask = np.ones((ROWS, length), np.int64)
     mask[1, (2 * length + 2) // 3 :] = 0
     mask[2, : length // 3] = 0
     mask[3, max(1, length // 6) :] = 0
+    if config.padding_id is None and family.reads == "last":
+        mask.sort(axis=1)  # where nothing marks padding, the last token is the one that is read: it may only be left
     if config.padding_id is not None:
         ids[ids == config.padding_id] = (config.padding_id + 1) % config.vocab_size
         ids[mask == 0] = config.padding_id
-    given = {"ids": ids, "attention_mask": mask}
-    if config.token_types:
-        given["token_type_ids"] = rng.integers(0, config.token_types, ids.shape)
+    given = {"ids": ids, "attention_mask": mask, **family.inputs(config, ids, mask, rng)}
     return {name: x.reshape(2, -1, length) if type(model) is MultipleChoice else x for name, x in given.items()}
 
 
@@ -49,14 +49,21 @@ def of_tokens(x: np.ndarray, mask: np.ndarray) -> bool:
     return x.ndim > 2 and x.shape[:2] == mask.shape
 
 
+def seen(model: Any, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Which tokens of an output of a causal model, or which rows, are of a query that sees something (1, else 0)."""
+    if of_tokens(x, mask):
+        return mask
+    return mask[:, 0] if FAMILIES[model.config.family].reads == "first" else np.ones_like(mask[:, 0])
+
+
 def cotangent(model: Any, inputs: Inputs) -> np.ndarray:
     """Random numbers for all of a row's outputs; none for what a causal model gives where it sees nothing."""
     shapes = [x.shape for x in jax.eval_shape(lambda: _outputs(model, inputs))]
     rng, mask = np.random.default_rng(SEED), inputs["attention_mask"]
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     if model.config.causal:
-        seen = lambda x: mask if of_tokens(x, mask) else mask[:, 0]
-        weights = [x * seen(x).reshape(*seen(x).shape, *[1] * (x.ndim - seen(x).ndim)) for x in weights]
+        counted = [seen(model, x, mask) for x in weights]
+        weights = [x * y.reshape(*y.shape, *[1] * (x.ndim - y.ndim)) for x, y in zip(weights, counted, strict=True)]
     return np.concatenate([x.reshape(len(x), -1) for x in weights], axis=1)
 
 

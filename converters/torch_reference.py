@@ -74,11 +74,13 @@ def load(model: Any, origin: Origin) -> Any:
                 attn_implementation="eager",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **_options(model),
+                **FAMILIES[model.config.family].options(model),
             )
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
+    if FAMILIES[model.config.family].reads == "last" and reference.config.pad_token_id is None:
+        reference.config.pad_token_id = -1  # no token's: without one a classifier refuses batches, and reads the last
     specs, get = reference_names.tensors(model)
     state = reference.state_dict()
     # What the file has under the name of one of ours, but for another head, was dropped: ours was drawn.
@@ -120,17 +122,6 @@ def _as_torch(checkpoint: Checkpoint, path: Path) -> None:
 def _torch_name(key: str) -> str:
     *steps, last = key.split("/")
     return ".".join([*steps, "weight" if last in ("kernel", "scale", "embedding") else last])
-
-
-def _options(model: Any) -> dict[str, Any]:
-    """What the file's config does not say of this class: its labels, a pooler, a head that made it causal."""
-    family = FAMILIES[model.config.family]
-    causal = {"is_decoder": True} if model.config.causal else {}
-    if not family.is_bare(type(model)):
-        return {"num_labels": model.config.labels, **causal}
-    if not family.defaults.pooler:
-        return causal
-    return {"add_pooling_layer": getattr(model, "backbone", model).pooler is not None, **causal}
 
 
 def tensors(reference: Any, model: Any) -> dict[str, Tensor]:

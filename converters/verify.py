@@ -199,7 +199,7 @@ def compared(model: Any, known: Recording, *, gradients: bool) -> Verification:
         ours, theirs = taps.outputs(wide, [path for path in names if path])(known.inputs), known.layers
         grads = _gradients(wide, known.inputs, known.gradients) if gradients and known.gradients else {}
     if model.config.causal:
-        ours, theirs = (_seen(layers, known.inputs["attention_mask"]) for layers in (ours, theirs))
+        ours, theirs = (_seen(model, layers, known.inputs["attention_mask"]) for layers in (ours, theirs))
     layers = tuple(Layer(path, names[path], _error(ours[path], theirs[path])) for path in names)
     del wide, ours
     half = None if known.noise is None else noise.measure(model, known.noise)
@@ -223,10 +223,9 @@ def _different_weights(model: Any, known: Recording) -> dict[str, str]:
     return different | dict.fromkeys(known.tensors.keys() - ours.keys(), "nothing")
 
 
-def _seen(layers: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+def _seen(model: Any, layers: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     """Without the padding: before the first token, a causal query sees nothing, and each library fills in its own."""
-    kept = lambda x: x[mask == 1] if taps.of_tokens(x, mask) else x[mask[:, 0] == 1]
-    return {path: kept(x) for path, x in layers.items()}
+    return {path: x[taps.seen(model, x, mask) == 1] for path, x in layers.items()}
 
 
 def _gradients(model: Any, inputs: taps.Inputs, known: Gradients) -> dict[str, float]:

@@ -3,13 +3,16 @@
 Sizes are coprime where they may be, so that a swapped axis is an error and not a coincidence.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 from converters.families import FAMILIES
 from eqx_transformers import (
+    GPT2,
     CausalLM,
     Encoder,
+    Llama,
     MaskedLM,
     PreTraining,
     SequenceClassifier,
@@ -29,6 +32,24 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 
+# Heads of another width than `hidden_size / num_attention_heads`; a base so small that 13 tokens turn every pair far.
+DECODER: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 37,
+    "max_position_embeddings": 31,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "bert": SIZES | {"pad_token_id": 0, "hidden_act": "gelu_new"},
     "roberta": SIZES | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1},
@@ -44,6 +65,22 @@ TINY: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "electra": SIZES | {"pad_token_id": 0, "embedding_size": 13, "hidden_act": "silu"},
+    "gpt2": {
+        "vocab_size": 61,
+        "n_embd": 21,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_inner": 37,
+        "n_positions": 31,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "llama": DECODER,
+    "mistral": DECODER | {"sliding_window": 5},
+    "qwen2": DECODER,
+    "qwen3": DECODER,
 }
 LAYERS = 2
 
@@ -63,22 +100,42 @@ class Row:
     @property
     def config(self) -> dict[str, Any]:
         """The reference's config."""
-        return TINY[self.family] | ({"is_decoder": True} if self.head is CausalLM else {}) | self.options
+        made_causal = {"is_decoder": True} if self.head is CausalLM and not self.on_decoder else {}
+        return deepcopy(TINY[self.family] | made_causal | self.options)
+
+    @property
+    def on_decoder(self) -> bool:
+        """Whether the family has no other models than causal ones."""
+        return FAMILIES[self.family].reads == "last"
 
     @property
     def prefix(self) -> str:
-        """What stands before the encoder's keys in this file."""
+        """What stands before the backbone's keys in this file."""
         family = FAMILIES[self.family]
         return "" if family.is_bare(self.head) else family.prefix
 
     @property
     def id(self) -> str:
-        extra = "".join(f"-{k}={v}" for k, v in self.options.items())
+        said = lambda v: v["rope_type"] if isinstance(v, dict) and "rope_type" in v else v
+        extra = "".join(f"-{k}={said(v)}" for k, v in self.options.items())
         return f"{self.family}-{self.head.__name__}{extra}"
 
     def __hash__(self) -> int:
         return hash(self.id)
 
+
+# The first layers see all, the others a window: they cannot be stacked.
+MIXED = Row("qwen2", CausalLM, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1})
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
+# Of 13 tokens, more than the original 8; of three pairs, one stays, one is between, one is divided.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 30.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 9,
+}
 
 ROWS = [
     *(Row(name, head) for name, family in FAMILIES.items() for head in family.models.values()),
@@ -92,6 +149,20 @@ ROWS = [
     Row("bert", SequenceClassifier, {"num_labels": 5, "hidden_act": "silu"}),
     Row("roberta", SequenceClassifier, {"num_labels": 1, "problem_type": "regression"}),
     Row("xlm-roberta", TokenClassifier, {"num_labels": 7, "classifier_dropout": 0.3}),
+    Row("gpt2", CausalLM, {"tie_word_embeddings": False}),
+    Row("gpt2", GPT2, {"n_inner": None, "activation_function": "relu"}),
+    Row("llama", CausalLM, {"tie_word_embeddings": True, "hidden_size": 24, "head_dim": None}),
+    Row("llama", CausalLM, {"rope_parameters": LLAMA3}),
+    Row(
+        "llama", Llama, {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}
+    ),
+    MIXED,
+    Row("qwen3", SequenceClassifier, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    Row("qwen3", CausalLM, {"attention_bias": True, "num_key_value_heads": 4}),
 ]
 # A head knows nothing of how its encoder's blocks are laid out: one without a head and one with stand for the family.
 BOTH = [row for row in ROWS if row.head in (Encoder, MaskedLM) and not row.options]
+# Those for laws that compile. A decoder's head is one matrix: of its files, a language model's stands for the others,
+# and of verification, which every row has, one compilation is enough.
+NUMBERS = [row for row in ROWS if not row.on_decoder or row.options or row.head is CausalLM]
+NUMBERS += [Row("gpt2", SequenceClassifier)]

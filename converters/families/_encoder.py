@@ -4,132 +4,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from eqx_transformers import CausalLM, Encoder, EncoderConfig, MaskedLM, PreTraining, QuestionAnswerer, SentenceEmbedder
 
 from ..config import Fact, choice, fact, flag, optional, rate, size, some, whole
 from ..errors import UnsupportedConfig
 from ..rules import Ignore, Rule, Table, Tie, affine, rule
-
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "tanh": "tanh",
-}
+from . import _shared
+from ._shared import ACTIVATIONS, EVERYWHERE, labels, ours
 
 # Endings of keys as files of TensorFlow's days have them, and what they are called now.
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-# Fields whose other values would ask for another function than ours; the first is what an absent field means.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-    "position_embedding_type": ("absolute",),
-    "pruned_heads": ({}, []),
-    "tie_encoder_decoder": (False,),
-    "adapters": (
-        {"adapters": {}, "config_map": {}},
-        {"adapters": {}, "config_map": {}, "fusion_config_map": {}, "fusions": {}},
-    ),
-}
+FIXED = _shared.FIXED | {"position_embedding_type": ("absolute",)}
 
 # Fields that do not change what the network computes from its inputs.
-IRRELEVANT = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_name_or_path",
-        "use_cache",
-        "gradient_checkpointing",
-        "bos_token_id",
-        "eos_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "mask_token_id",
-        "decoder_start_token_id",
-        "tokenizer_class",
-        "prefix",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "_num_labels",
-        "problem_type",
-        "finetuning_task",
-        "task_specific_params",
-        "language",
-        "name",
-        "output_attentions",
-        "output_hidden_states",
-        "output_past",
-        "return_dict",
-        "torchscript",
-        "use_bfloat16",
-        "chunk_size_feed_forward",
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "xla_device",
-        "directionality",
-        "pooler_fc_size",
-        "pooler_num_attention_heads",
-        "pooler_num_fc_layers",
-        "pooler_size_per_head",
-        "pooler_type",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "tf_legacy_loss",
-        "use_flash_attn",
-    ]
-)
+IRRELEVANT = EVERYWHERE | {
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+}
 
-
-def labels(default: int = 2) -> Fact:
-    """The number of labels is the length of the names' dictionary; the names themselves stay in the origin."""
-
-    def read(value: Any) -> int:
-        if not isinstance(value, Mapping) or not value:
-            raise ValueError("expected a dictionary of label names")
-        if not all(str(i).isdigit() for i in value):
-            raise ValueError("expected whole numbers as its keys")
-        return len(value)
-
-    return Fact("id2label", "labels", read, label_names, label_names(default))
-
-
-def label_names(count: int) -> dict[str, str]:
-    return {str(i): f"LABEL_{i}" for i in range(count)}
+# What Flax calls the weight of a module whose name ends so.
+FLAX = {"layernorm": "scale", "layer_norm": "scale", "_embeddings": "embedding"}
 
 
 def facts(**defaults: Any) -> tuple[Fact, ...]:
@@ -153,11 +54,6 @@ def facts(**defaults: Any) -> tuple[Fact, ...]:
         fact("tie_word_embeddings", "tied", flag, True),
         labels(),
     )
-
-
-def ours(model_class: type) -> str:
-    """What stands before the encoder's paths in this class of ours."""
-    return "" if model_class is Encoder else "backbone."
 
 
 def encoder_table(prefix: str, model_class: type, config: EncoderConfig) -> Table:
@@ -279,3 +175,21 @@ def probes(
         )
 
     return listed
+
+
+def inputs(config: EncoderConfig, ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random token types, where the model has any."""
+    return {"token_type_ids": rng.integers(0, config.token_types, ids.shape)} if config.token_types else {}
+
+
+def options(model: Any) -> dict[str, Any]:
+    """Labels, a pooler, a head that made the encoder causal."""
+    causal = {"is_decoder": True} if model.config.causal else {}
+    if type(model) not in (Encoder, SentenceEmbedder):
+        return {"num_labels": model.config.labels, **causal}
+    return {"add_pooling_layer": getattr(model, "backbone", model).pooler is not None, **causal}
+
+
+def options_without_pooler(model: Any) -> dict[str, Any]:
+    """The same of a family whose encoders never have one."""
+    return {name: value for name, value in options(model).items() if name != "add_pooling_layer"}

@@ -15,7 +15,19 @@ from eqx_transformers import (
 from ..config import choice, fact, flag, optional, rate, size, whole
 from ..family import Family
 from ..rules import Ignore, Table, affine, rule
-from ._encoder import ACTIVATIONS, FIXED, IRRELEVANT, LEGACY, labels, linear_output, observe, ours
+from ._encoder import (
+    ACTIVATIONS,
+    FIXED,
+    FLAX,
+    IRRELEVANT,
+    LEGACY,
+    inputs,
+    labels,
+    linear_output,
+    observe,
+    options_without_pooler,
+    ours,
+)
 
 PREFIX = "distilbert."
 
@@ -128,4 +140,7 @@ FAMILY = Family(
     observe=observe(PREFIX),
     legacy=LEGACY,
     probes=probes,
+    flax=FLAX,
+    inputs=inputs,
+    options=options_without_pooler,
 )

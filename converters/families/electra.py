@@ -17,7 +17,20 @@ from eqx_transformers import (
 from ..config import fact, rate, whole
 from ..family import Family
 from ..rules import Ignore, Table, affine
-from ._encoder import FIXED, IRRELEVANT, LEGACY, encoder_table, facts, linear_output, observe, ours, probes
+from ._encoder import (
+    FIXED,
+    FLAX,
+    IRRELEVANT,
+    LEGACY,
+    encoder_table,
+    facts,
+    inputs,
+    linear_output,
+    observe,
+    options_without_pooler,
+    ours,
+    probes,
+)
 
 PREFIX = "electra."
 
@@ -108,4 +121,7 @@ FAMILY = Family(
     probes=probes(
         PREFIX, HEAD_PROBES, (("embedding.norm", "embeddings"), ("embedding.projection", "embeddings_project"))
     ),
+    flax=FLAX,
+    inputs=inputs,
+    options=options_without_pooler,
 )

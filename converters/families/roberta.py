@@ -18,7 +18,19 @@ from eqx_transformers import (
 
 from ..family import Family
 from ..rules import Ignore, Table, affine
-from ._encoder import FIXED, IRRELEVANT, LEGACY, encoder_table, facts, observe, output_table, probes
+from ._encoder import (
+    FIXED,
+    FLAX,
+    IRRELEVANT,
+    LEGACY,
+    encoder_table,
+    facts,
+    inputs,
+    observe,
+    options,
+    output_table,
+    probes,
+)
 
 PREFIX = "roberta."
 
@@ -93,6 +105,9 @@ FAMILY = Family(
     observe=observe(PREFIX, "lm_head"),
     legacy=LEGACY,
     probes=probes(PREFIX, HEAD_PROBES),
+    flax=FLAX,
+    inputs=inputs,
+    options=options,
 )
 
 XLM = replace(

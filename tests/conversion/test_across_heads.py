@@ -8,6 +8,7 @@ import pytest
 import converters
 from converters.families import FAMILIES
 from eqx_transformers import (
+    GPT2,
     CausalLM,
     Encoder,
     MaskedLM,
@@ -23,18 +24,18 @@ from eqx_transformers.surgery import leaves_by_path
 from ..reference import make, reference, save
 from ..tiny import Row
 
-# BERT's every file under its every head; of the other families the bare file and the masked LM's.
+# Every file of BERT and GPT-2 under every head of theirs; of the other families the bare file and the language model's.
 PAIRS = [
     (Row(name, held), wanted)
     for name, family in FAMILIES.items()
-    for held in (family.models.values() if name == "bert" else (Encoder, MaskedLM))
+    for held in list(family.models.values())[: None if name in ("bert", "gpt2") else 2]
     for wanted in family.models.values()
 ]
 KEY = jax.random.key(7)
 
 
 def encoder(model):
-    return model if isinstance(model, Encoder) else model.backbone
+    return getattr(model, "backbone", model)
 
 
 @pytest.mark.parametrize(("row", "wanted"), PAIRS, ids=lambda x: x.id if isinstance(x, Row) else x.__name__)
@@ -46,7 +47,7 @@ def test_the_encoder_is_read_and_only_a_strange_head_is_drawn(row, wanted):
     assert type(model) is wanted and report.ok
     for part in ("embedding", "stack"):
         assert eqx.tree_equal(getattr(encoder(model), part), getattr(encoder(own), part))
-    bare = {Encoder, SentenceEmbedder}
+    bare = {FAMILIES[row.family].bare, SentenceEmbedder}
     of_a_head = lambda path: not path.startswith("backbone.") or path.startswith("backbone.pooler.")
     assert not report.new if wanted in bare or wanted is row.head else all(map(of_a_head, report.new))
     heads = {path for path in leaves_by_path(eqx.filter(model, eqx.is_array)) if not path.startswith("backbone.")}
@@ -174,6 +175,8 @@ VERIFIED = [
     (Row("distilbert", TokenClassifier), SequenceClassifier),
     (Row("bert", CausalLM), SequenceClassifier),  # a causal model whose output has no tokens
     (Row("roberta", CausalLM), SentenceEmbedder),
+    (Row("llama", CausalLM), SequenceClassifier),  # a sequence is read where it ends
+    (Row("gpt2", GPT2, {"pad_token_id": None}), SequenceClassifier),  # and it ends where the row does
 ]
 
 
@@ -199,7 +202,9 @@ def test_a_sentence_embedder_may_name_the_class_that_its_encoder_was_taken_from(
     (tmp_path / "one" / "config.json").write_text(json.dumps(config))
     assert type(converters.load(tmp_path / "one")[0]) is SentenceEmbedder
     (tmp_path / "one" / "modules.json").unlink()
-    with pytest.raises(converters.Mismatch, match=r"the file holds the encoder alone: head=Encoder \(--head Encoder\)"):
+    with pytest.raises(
+        converters.Mismatch, match=r"the file holds the bare Encoder alone: head=Encoder \(--head Encoder\)"
+    ):
         converters.load(tmp_path / "one")
     assert "  read          37\n" in str(converters.inspect(tmp_path / "one"))  # what is missing is not read
 

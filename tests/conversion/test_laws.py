@@ -23,25 +23,24 @@ import converters
 from converters import convert, reference_names
 from converters.families import FAMILIES
 from eqx_transformers import (
+    CausalLM,
     Encoder,
     MaskedLM,
-    MultipleChoice,
-    QuestionAnswerer,
     SentenceEmbedder,
     SequenceClassifier,
-    TokenClassifier,
     stack,
 )
 from eqx_transformers.surgery import leaves_by_path
 
-from ..reference import forward, make, reference, run, save
-from ..tiny import BOTH, LAYERS, ROWS, Row
+from ..reference import changes_nothing, forward, make, reference, run, save
+from ..tiny import BOTH, LAYERS, MIXED, NUMBERS, ROWS, Row
 
 FORWARD, GRADIENT = 2e-5, 1e-4
 LAYOUTS = ("tuple", "stacked")
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+numbers = pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.id)
 # Stacked blocks compile faster; the tuple's forward pass is what verification runs for every row.
-LAID_OUT = [*((row, "stacked") for row in ROWS), *((row, "tuple") for row in BOTH)]
+LAID_OUT = [*((row, "stacked") for row in NUMBERS if row != MIXED), *((row, "tuple") for row in (*BOTH, MIXED))]
 laid_out = pytest.mark.parametrize(("row", "layout"), LAID_OUT, ids=lambda x: x if isinstance(x, str) else x.id)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -114,7 +113,8 @@ def test_every_part_is_the_reference_and_every_tensor_the_file(row):
     verification = converters.verify(ref.directory, model=loaded(row, "tuple")[0], origin=loaded(row, "tuple")[1])
     assert verification.passed, str(verification)
     assert verification.max_error <= FORWARD
-    assert len(verification.layers) >= 1 + 8 * LAYERS
+    # GPT-2's queries, keys and values are one module there, so that they are seen in what becomes of them.
+    assert len(verification.layers) >= 1 + (6 if row.family == "gpt2" else 8) * LAYERS
 
 
 @laid_out
@@ -141,7 +141,7 @@ def test_a_config_survives_the_round_trip(row, tmp_path):
     assert after == before
 
 
-@rows
+@numbers
 def test_a_model_made_from_scratch_is_exported_and_comes_back(row, tmp_path):
     config = loaded(row, "tuple")[0].config
     model = row.head(config, key=jax.random.key(3))
@@ -150,6 +150,7 @@ def test_a_model_made_from_scratch_is_exported_and_comes_back(row, tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
     back, _ = converters.load(tmp_path)
     assert eqx.tree_equal(model, back) and back.config == model.config
+    assert changes_nothing(row, json.loads((tmp_path / "config.json").read_bytes()))
     if row not in BOTH:  # what the tensors and the config say is the same: a few rows show that they mean it too
         return
     ours, theirs = forward(model, reference(row).inputs), run(again.eval(), row, reference(row).inputs).detach().numpy()
@@ -206,97 +207,12 @@ def test_any_one_key_added_is_reported_exactly(row, key, tmp_path):
     assert list(caught.value.report.unexpected) == [key]
 
 
-@rows
+@pytest.mark.parametrize("row", [row for row in ROWS if FAMILIES[row.family].legacy], ids=lambda row: row.id)
 def test_a_tensor_under_its_old_name_beside_the_new_one_is_unexpected(row, tmp_path):
     """Two spellings of one tensor: neither is believed silently."""
     key = f"{row.prefix}embeddings.LayerNorm.gamma"
     report = broken(row, tmp_path, lambda tensors: tensors.__setitem__(key, np.zeros(21, np.float32)))
     assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([], [key], [])
-
-
-OTHERS = {
-    "hidden_act": "tanh",
-    "activation": "tanh",
-    "summary_type": "last",
-    "summary_activation": "tanh",
-    "id2label": {str(i): f"L{i}" for i in range(9)},
-    "position_embedding_type": "relative_key",
-    "classifier_dropout": 0.25,
-    "pruned_heads": {"0": [1]},
-    "adapters": {"adapters": {"x": {}}},
-}
-
-
-def other(name, value):
-    """Another value of a field, and a possible one."""
-    if name in OTHERS or isinstance(value, bool) or value is None:
-        return OTHERS.get(name, 7 if value is None else not value)
-    return value / 2 + 0.01 if isinstance(value, float) else value + 1
-
-
-@rows
-def test_every_fact_perturbed_changes_it_alone_or_is_refused(row):
-    ref, family = reference(row), FAMILIES[row.family]
-    config = json.loads((ref.directory / "config.json").read_bytes())
-    base = loaded(row, "tuple")[0].config
-    facts = {one.theirs: one for one in family.facts}
-    fields = {name: config.get(name) for name in facts} | {name: allowed[0] for name, allowed in family.fixed.items()}
-    for name, value in fields.items():
-        try:
-            plan = planned(row, config=config | {name: other(name, value)})
-        except converters.UnsupportedConfig as error:
-            assert name in str(error) or "num_heads" in str(error)
-        else:
-            changed = {
-                f.name for f in dataclasses.fields(base) if getattr(plan.config, f.name) != getattr(base, f.name)
-            }
-            assert changed - {"spare_bias"} == {facts[name].ours}, name
-
-
-# Distinct rates for all fields, and where the reference's modules drop: in the encoder (embedding, attention weights,
-# what attention gives, what the feed-forward network gives), and in the heads.
-RATES = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.13, "classifier_dropout": 0.17}
-BERT_RATES = (
-    RATES,
-    ("embeddings", "encoder.layer.1.attention.self", "encoder.layer.1.attention.output", "encoder.layer.1.output"),
-)
-DROPPING = {
-    "bert": BERT_RATES,
-    "roberta": BERT_RATES,
-    "xlm-roberta": BERT_RATES,
-    "electra": (RATES | {"summary_last_dropout": 0.19}, BERT_RATES[1]),
-    "distilbert": (
-        {"dropout": 0.11, "attention_dropout": 0.13, "seq_classif_dropout": 0.17, "qa_dropout": 0.19},
-        ("embeddings", "transformer.layer.1.attention", None, "transformer.layer.1.ffn"),
-    ),
-}
-IN_HEADS = {
-    SequenceClassifier: {
-        "roberta": "classifier.dropout",
-        "xlm-roberta": "classifier.dropout",
-        "electra": "classifier.dropout",
-    },
-    MultipleChoice: {"electra": "sequence_summary.last_dropout"},
-    TokenClassifier: {},
-    QuestionAnswerer: {"bert": None, "roberta": None, "xlm-roberta": None, "electra": None},
-}
-
-
-@pytest.mark.parametrize("head", IN_HEADS, ids=lambda head: head.__name__)
-@pytest.mark.parametrize("family", DROPPING)
-def test_every_site_drops_at_the_references_rate(family, head, tmp_path):
-    options, places = DROPPING[family]
-    row = Row(family, head, options)
-    theirs = make(row)
-    model, _ = converters.load(save(theirs, row, tmp_path))
-    rate = lambda path: 0.0 if path is None else theirs.get_submodule(path).p
-    block = model.backbone.stack.blocks[1]
-    ours = [block.attention.dropout, block.attention_output_dropout, block.mlp_output_dropout]
-    wanted = [rate(None if place is None else f"{row.prefix}{place}.dropout") for place in places]
-    assert [model.backbone.embedding.dropout.p, *(site.p for site in ours)] == wanted
-    assert model.head.dropout.p == rate(IN_HEADS[head].get(family, "dropout"))
-    twice = head is SequenceClassifier and family in IN_HEADS[SequenceClassifier]  # before the dense layer too
-    assert model.head.input_dropout.p == (model.head.dropout.p if twice else 0.0)
 
 
 # bfloat16: no further from the float32 reference than 1.1 times the reference's own bfloat16, over these many inputs
@@ -306,6 +222,8 @@ BFLOAT16_ROWS = [
     Row("roberta", Encoder),
     Row("roberta", SequenceClassifier, {"num_labels": 1, "problem_type": "regression"}),
     Row("xlm-roberta", SentenceEmbedder),
+    Row("gpt2", CausalLM),
+    Row("llama", CausalLM),
 ]
 
 

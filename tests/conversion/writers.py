@@ -51,12 +51,18 @@ def to_flax(held):
     return {name: held[key].T if name.endswith("/kernel") else held[key] for key, name in names.items()}
 
 
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings", "wte", "wpe", "embed_tokens")
+RMS_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
 def flax_key(key: str, x: np.ndarray) -> str:
-    """By hand, from the classes of transformers 4: nn.Embed, nn.LayerNorm, nn.Dense."""
+    """By hand, from the classes of transformers 4: nn.Embed, nn.LayerNorm, nn.Dense, FlaxConv1D, FlaxLlamaRMSNorm."""
     module, last = key.rsplit(".", 1)
     kind = module.rsplit(".", 1)[-1]
-    if last == "weight" and kind in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+    if last == "weight" and kind in EMBEDDINGS:
         last = "embedding"
+    elif kind in RMS_NORMS:
+        last = "weight"
     elif last == "weight":
         last = "kernel" if x.ndim == 2 else "scale"
     return f"{module}.{last}".replace(".", "/")
