@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.functional
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'

@@ -118,7 +118,9 @@ FAMILY = Family(
         choice("merge", "merge", {"sum": "sum", "concatenate": "concatenate"}),
     ),
     fixed={},
-    irrelevant=frozenset(["lr", "beta1", "beta2", "seq_len", "batch_size", "epochs", "batches"]),
+    irrelevant=frozenset(
+        ["lr", "learning_rate", "beta1", "beta2", "seq_len", "batch_size", "epochs", "batches", "seed"]
+    ),
     table=table,
     observe=lambda config, model_class, keys, fields: config,
     legacy={},

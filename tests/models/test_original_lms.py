@@ -26,6 +26,7 @@ from eqx_transformers import (
     unstack,
 )
 from eqx_transformers.models.functional import HeadSum, Standardize, standardize
+from eqx_transformers.nn import Mask, kernels
 from eqx_transformers.skeletons import skeleton
 
 from .ours import KEY, call, filled
@@ -163,7 +164,7 @@ def test_padding_is_hidden_by_its_id_and_counts_as_a_position(name):
 def test_a_token_that_sees_nothing_gets_the_mean_of_all_values(name):
     attention = make(name).backbone.stack.blocks[0].attention
     x = jax.random.normal(KEY, (5, CONFIGS[name].embed_dim))
-    mask = eqx_transformers.nn.Mask(causal=True, keys=jnp.array([False, False, True, True, True]))
+    mask = Mask(causal=True, keys=jnp.array([False, False, True, True, True]))
     wanted = attention.output_proj(attention.value_proj(x).mean(0))
     close(attention(x, mask)[:2], jnp.stack([wanted, wanted]))
 
@@ -213,6 +214,14 @@ def test_standardize_has_the_gradient_of_its_formula():
     x, v = jax.random.normal(KEY, (7,)), jnp.arange(7.0)
     plain = lambda x: ((x - x.mean()) / (x.std() + 0.01) * v).sum()
     close(jax.grad(lambda x: (standardize(x, 0.01) * v).sum())(x), jax.grad(plain)(x), 1e-4)
+
+
+@pytest.mark.parametrize(("name", "path"), [("2022", "plain: value_dim 13 is more"), ("head", "blocked")])
+def test_wide_values_are_not_blocked(name, path):
+    attention = make(name).backbone.stack.blocks[0].attention
+    shape = lambda layer: jax.ShapeDtypeStruct((11, 3, layer.out_features // 3), jnp.float32)
+    q, k, v = map(shape, (attention.query_proj, attention.key_proj, attention.value_proj))
+    assert kernels.explain(q, k, v, Mask(causal=True)).startswith(path)
 
 
 def test_heads_are_added_up():
