@@ -6,6 +6,7 @@ tests glob and read, and take nothing from the copy that lies here.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def present(place: Path, paths: list[Path]) -> list[Any]:
     """A test for each path that is there, named after it and its folder; our own copy has all kinds."""
     found = [pytest.param(path, id=f"{place.name}-{path.stem}") for path in paths if path.exists()]
     assert found or place.parent != OWN, f"{place} has nothing of a kind that is tested"
+    return found
+
+
+def among(places: list[Path], find: Callable[[Path], list[Any]]) -> list[Any]:
+    """What is found in all of these folders; our own copy has some of every kind."""
+    found = [case for place in places for case in find(place)]
+    assert found or ROOT != OWN, f"{[place.name for place in places]} have nothing of a kind that is tested"
     return found
 
 

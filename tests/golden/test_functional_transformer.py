@@ -19,6 +19,7 @@ from eqx_transformers.training import adam_uncorrected, cross_entropy
 from .folder import (
     FORWARD,
     STEPS,
+    among,
     arrays,
     by_path,
     cases,
@@ -34,15 +35,16 @@ from .initial import drawn, expect_law, expect_same_distribution, initial
 
 HERE, FORMAT = folder("functional_transformer"), "functional-transformer"
 PLACES = sorted(path.parent for path in HERE.glob("*/config.json"))
-LEARNING_RATE, EPS = 0.001, 1e-16
+# The options of its command line that were used, and its constant.
+LEARNING_RATE, B1, B2, EPS = 0.001, 0.9, 0.99, 1e-16
 
 
 def every(*holding):
-    return [case for place in PLACES for case in cases(place, *holding)]
+    return among(PLACES, lambda place: cases(place, *holding))
 
 
 def those(pattern):
-    return [case for place in PLACES for case in present(place, sorted(place.glob(pattern)))]
+    return among(PLACES, lambda place: present(place, sorted(place.glob(pattern))))
 
 
 def read(place, tensors=None):
@@ -124,7 +126,7 @@ def updated(model, optimiser, batches):
 def test_golden_functional_transformer_adam(path):
     """Its own: epsilon beside the uncorrected root."""
     case, place, compared = arrays(path), path.parent, set()
-    run = updated(model_of(place), adam_uncorrected(LEARNING_RATE, 0.9, 0.99, EPS), case["tokens"])
+    run = updated(model_of(place), adam_uncorrected(LEARNING_RATE, B1, B2, EPS), case["tokens"])
     for i, (model, loss) in enumerate(run, start=1):
         close(loss, case["losses"][i - 1], FORWARD)
         if (wanted := place / f"adam_params_after{i}.npz").exists():
@@ -158,7 +160,7 @@ def test_golden_functional_transformer_sgd(path):
 def test_golden_functional_transformer_ancestor_clips_each_number(path):
     """To [-1, 1]. These gradients are smaller, so the clipping itself is tested on others."""
     case, steps = arrays(path), int(re.findall(r"\d+", path.stem)[-1])
-    optimiser = optax.chain(optax.clip(1.0), adam_uncorrected(LEARNING_RATE, 0.9, 0.99, EPS))
+    optimiser = optax.chain(optax.clip(1.0), adam_uncorrected(LEARNING_RATE, B1, B2, EPS))
     models, losses = zip(*updated(model_of(path.parent), optimiser, batches(path)[:steps]), strict=True)
     close(losses, case.pop("losses"), FORWARD)
     close_partly(models[-1], path.parent, case)

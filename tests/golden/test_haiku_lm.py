@@ -20,6 +20,7 @@ from .folder import (
     GRADIENT,
     SUMS,
     Recorded,
+    among,
     arrays,
     by_path,
     cases,
@@ -39,7 +40,11 @@ PLACES = sorted(path.parent for path in HERE.glob("*/config.json"))
 
 
 def every(*holding):
-    return [case for place in PLACES for case in cases(place, *holding)]
+    return among(PLACES, lambda place: cases(place, *holding))
+
+
+def those(pattern):
+    return among(PLACES, lambda place: present(place, sorted(place.glob(pattern))))
 
 
 def format_of(place):
@@ -121,9 +126,7 @@ def is_output(key):
     return re.fullmatch(r"(language_model/)?linear/[wb]", key) is not None
 
 
-@pytest.mark.parametrize(
-    "path", [p for place in PLACES for p in present(place, sorted(place.glob("*_grads.npz"))) if place.exists()]
-)
+@pytest.mark.parametrize("path", those("*_grads.npz"))
 def test_golden_haiku_lm_gradients(path):
     ids, targets = batch_of(arrays(path.with_name(path.name.replace("_grads", "_case"))))
     _, gradient = computed(model_of(path.parent), ids, targets)
@@ -189,7 +192,7 @@ def moment(share, power):
     return lambda x: power * GRADIENT * np.abs(x).max() + share * 1e-7**power
 
 
-@pytest.mark.parametrize("path", [p for place in PLACES for p in present(place, [place / "init_stats.json"])])
+@pytest.mark.parametrize("path", those("init_stats.json"))
 def test_golden_haiku_lm_initialiser(path):
     """Every parameter is drawn as the original draws it; what is cut is cut where it cuts."""
     model, theirs = model_of(path.parent), initial(path, format_of(path.parent))
