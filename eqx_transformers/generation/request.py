@@ -71,7 +71,7 @@ def _ids(token_ids: Any) -> np.ndarray:
 def _real(model: Any, ids: np.ndarray, attention_mask: Any) -> np.ndarray:
     """Which tokens are not padding; without a mask all, but for those that the model itself would hide."""
     if attention_mask is None:
-        hidden = hidden_id(model)
+        hidden = getattr(_body(model), "hidden_id", None)
         return np.ones(ids.shape, bool) if hidden is None else ids != hidden
     mask = _concrete("attention_mask", attention_mask)
     if mask.shape != ids.shape:
@@ -83,16 +83,13 @@ def _real(model: Any, ids: np.ndarray, attention_mask: Any) -> np.ndarray:
     return mask.astype(bool)
 
 
-def hidden_id(model: Any) -> int | None:
-    """The token that `model` hides where it is given no mask."""
-    part = getattr(model, "backbone", model)
-    if getattr(part, "hides_padding", False):
-        return part.padding_id
-    return getattr(part, "hidden_id", None)
+def _body(model: Any) -> Any:
+    """What says how many positions there are, and which token is hidden where no mask is given."""
+    return getattr(model, "backbone", model)
 
 
 def _expect_room(model: Any, longest: int, max_new_tokens: int) -> None:
-    room = getattr(getattr(model, "backbone", model), "room", None)
+    room = getattr(_body(model), "room", None)
     needed = longest + max_new_tokens - 1  # the last token is not read any more
     if room is not None and needed > room:
         raise ValueError(

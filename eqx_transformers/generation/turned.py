@@ -1,22 +1,25 @@
 """Matrices turned once before a loop, where a CPU multiplies a few rows faster by the turned ones.
 
-`x Wᵀ` reads a row of `W` for every number of the result. For one row of `x` that is the speed of memory; for many, the
-matrix product rearranges `W` at a cost that does not matter. For a few, it is neither, and a `W` that is stored the
-other way round is faster (`benchmarks/decode.py`). The price is a second copy of the matrices for as long as it runs.
+`x Wᵀ` reads a row of `W` for every number of the result. For one row of `x` that runs at the speed of memory; for
+many, the matrix product first puts `W` in another order, at a cost that does not matter. For a few it is neither: a
+token of a GPT-2 at batch 8 takes two thirds of the time with a `W` that is stored the other way round.
+The price is a second copy of these matrices for as long as the loop runs, and to make it once.
 """
 
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from ..nn import Embedding, Linear
+from ..nn import Linear
 from ..nn._dtypes import wider
 from ..nn._errors import expect_last_axis
 
 Tree = TypeVar("Tree")
 FEWEST, MOST = 2, 16  # rows between which it pays
+ALIGNED = 16  # numbers: rows of another length than a multiple lie across cache lines, which loses what turning gains
 
 
 class TurnedLinear(eqx.Module):
@@ -39,60 +42,27 @@ class TurnedLinear(eqx.Module):
 
     def __call__(self, x: Float[Array, "*axes {self.in_features}"]) -> Float[Array, "*axes {self.out_features}"]:
         expect_last_axis(self, "in_features", self.in_features, x.shape)
-        y = _product(x, self.turned)
+        wide = wider(x.dtype, self.turned.dtype)
+        axes = (((x.ndim - 1,), (0,)), ((), ()))
+        sums = wider(wide, jnp.float32)
+        y = jax.lax.dot_general(x.astype(wide), self.turned.astype(wide), axes, preferred_element_type=sums)
         if self.bias is not None:
-            y = y + jax.numpy.broadcast_to(self.bias.astype(y.dtype), y.shape)
+            y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
         return y.astype(x.dtype)
-
-
-class TurnedEmbedding(eqx.Module):
-    """What an `Embedding` computes: rows are looked up in it, and scores against all rows come from its turned copy."""
-
-    table: Embedding
-    turned: Float[Array, "embed_dim vocab_size"]
-
-    @property
-    def weight(self) -> Float[Array, "vocab_size embed_dim"]:
-        return self.table.weight
-
-    @property
-    def vocab_size(self) -> int:
-        return self.table.vocab_size
-
-    @property
-    def embed_dim(self) -> int:
-        return self.table.embed_dim
-
-    def __call__(self, ids: Int[Array, "*axes"]) -> Float[Array, "*axes {self.embed_dim}"]:
-        return self.table(ids)
-
-    def attend(self, x: Float[Array, "*axes {self.embed_dim}"]) -> Float[Array, "*axes {self.vocab_size}"]:
-        expect_last_axis(self, "embed_dim", self.embed_dim, x.shape)
-        return _product(x, self.turned).astype(x.dtype)
-
-
-def _product(x: Float[Array, "*axes inner"], turned: Float[Array, "inner outer"]) -> Float[Array, "*axes outer"]:
-    """As `nn.linear.contract`, with the other axis of the matrix."""
-    wide = wider(x.dtype, turned.dtype)
-    axes = (((x.ndim - 1,), (0,)), ((), ()))
-    sums = wider(wide, jax.numpy.float32)
-    return jax.lax.dot_general(x.astype(wide), turned.astype(wide), axes, preferred_element_type=sums)
 
 
 def for_rows(model: Tree, rows: int) -> Tree:
     """`model` as it runs fastest on so many rows of one token each; the same numbers but for the order of sums.
 
-    To be called inside of `jit`, before the loop. Only `Linear`s and tables that score tokens are turned.
+    To be called inside of `jit`, before the loop: outside, the copy would stay.
     """
     if jax.default_backend() != "cpu" or not FEWEST <= rows <= MOST:
         return model
-    return jax.tree.map(_turn, model, is_leaf=lambda node: isinstance(node, Linear | Embedding))
+    return jax.tree.map(_turned, model, is_leaf=lambda node: isinstance(node, Linear))
 
 
-def _turn(node: Any) -> Any:
+def _turned(node: Any) -> Any:
+    if not isinstance(node, Linear) or node.weight.ndim != 2 or node.out_features % ALIGNED:
+        return node
     # The barrier keeps XLA from reading the matrix in its old order, which the transposition would otherwise become.
-    if isinstance(node, Linear):
-        return TurnedLinear(jax.lax.optimization_barrier(node.weight.T), node.bias)
-    if isinstance(node, Embedding):
-        return TurnedEmbedding(node, jax.lax.optimization_barrier(node.weight.T))
-    return node
+    return TurnedLinear(jax.lax.optimization_barrier(node.weight.T), node.bias)

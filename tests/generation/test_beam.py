@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eqx_transformers import beam_search, generate
+from eqx_transformers import Beams, beam_search, generate
 
 from .twins import ENDS, PAD, ROOM, VOCAB, padded, prompts, reference, twins
 
@@ -83,6 +83,7 @@ def test_all_sequences_and_their_scores(length_penalty):
         )
     tokens = wanted.sequences[:, ids.shape[1] :].numpy().reshape(ROWS, 3, -1)
     tokens = np.pad(tokens, ((0, 0), (0, 0), (0, NEW - tokens.shape[-1])), constant_values=PAD)
+    assert isinstance(found, Beams) and found.tokens.dtype == np.int32
     np.testing.assert_array_equal(np.asarray(found.tokens), tokens)
     np.testing.assert_allclose(np.asarray(found.scores).ravel(), wanted.sequences_scores.numpy(), rtol=2e-5)
 

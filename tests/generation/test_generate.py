@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_transformers import generate, stack
+from eqx_transformers import CausalLM, generate, stack
 from eqx_transformers.generation import loop
+from eqx_transformers.generation.request import ends_of, number
+from eqx_transformers.generation.turned import TurnedLinear, for_rows
 
+from ..models.ours import call, make
 from .twins import ENDS, PAD, ROOM, VOCAB, padded, prompts, reference, twins
 
 NEW = 17
@@ -65,19 +68,32 @@ def test_penalties_and_minimum_length_are_transformers(name):
         assert not np.isin(found[:, :6], ENDS).any()
 
 
+def elsewhere(ids, mask):
+    """The same rows with their padding on the right, and with it in between."""
+    scattered = np.random.default_rng(0).permuted(mask, axis=1)
+    apart = np.full_like(ids, PAD)
+    apart[scattered == 1] = ids[mask == 1]
+    right = np.stack([np.roll(row, m.sum()) for row, m in zip(ids, mask, strict=True)])
+    return (right, mask[:, ::-1].astype(bool)), (apart, scattered)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_is_what_it_is_alone_wherever_its_padding_stands(name):
     ids, mask = padded(ROWS, 13)
-    scattered = np.random.default_rng(0).permuted(mask, axis=1)
-    apart = np.full_like(ids, PAD)
-    for i in range(ROWS):
-        apart[i, scattered[i] == 1] = ids[i, mask[i] == 1]
     options = {"end_ids": ENDS, "no_repeat_ngram": 2, **PENALTIES}
     alone = np.concatenate([ours(name, row[m == 1][None], **options) for row, m in zip(ids, mask, strict=True)])
-    for given in ((ids, mask), (apart, scattered), (ids[:, ::-1], mask[:, ::-1])):
-        if given[0] is not ids and given[0] is not apart:  # padding on the right
-            given = (np.stack([np.roll(row, -2 * i) for i, row in enumerate(ids)]), mask[:, ::-1].astype(bool))
+    for given in ((ids, mask), *elsewhere(ids, mask)):
         np.testing.assert_array_equal(ours(name, *given, **options), alone)
+
+
+@pytest.mark.parametrize("family", ["haiku", "functional"])
+def test_each_token_is_the_best_of_the_plain_model(family):
+    """Of families that transformers does not have: a call of prompt and new tokens at once says the same."""
+    model, prompt = make(CausalLM, family), prompts(1, 5)
+    found = np.asarray(generate(model, prompt, max_new_tokens=NEW))
+    scores = np.asarray(call(model, np.append(prompt, found, axis=1)[0, :-1]))
+    np.testing.assert_array_equal(found[0], scores[4:].argmax(-1))
+    assert len(np.unique(found)) > 3
 
 
 SAMPLED = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.02}
@@ -101,7 +117,7 @@ def test_samples_have_the_frequencies_of_the_processed_distribution(options):
     import torch
     from transformers import GenerationConfig
 
-    rows, name = 4096, "gpt2"
+    rows, name = 1024, "gpt2"
     prompt = prompts(1, 5)
     found = ours(name, np.repeat(prompt, rows, axis=0), key=jax.random.key(0), max_new_tokens=2, **options)
     model = twins(name).torch
@@ -135,10 +151,11 @@ def test_a_prompt_may_fill_the_table_of_positions():
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_of_padding_alone_are_finite_and_change_no_other(name):
     ids, mask = padded(ROWS, 13)
+    whole = ours(name, ids, mask, end_ids=ENDS)
     mask[1] = 0
-    found = ours(name, ids, mask)
+    found = ours(name, ids, mask, end_ids=ENDS)
     assert ((found >= 0) & (found < VOCAB)).all()
-    np.testing.assert_array_equal(found[2], ours(name, ids[2:], mask[2:])[0])
+    np.testing.assert_array_equal(found[[0, 2]], whole[[0, 2]])
 
 
 def test_bfloat16_is_finite_and_its_scores_are_chosen_from_in_float32():
@@ -195,47 +212,61 @@ def traced(monkeypatch):
 
 
 def test_one_program_serves_all_lengths_of_a_bucket_and_all_numbers(traced):
-    jax.clear_caches()
-    model = twins("mistral").ours
-    run = functools.partial(generate, model, max_new_tokens=3, repetition_penalty=1.1, end_ids=[5])
-    run(prompts(2, 5))
+    model = twins("gpt2").ours
+    fixed = {"max_new_tokens": 3, "repetition_penalty": 1.1, "end_ids": [5], "no_repeat_ngram": 9}  # unlike any other
+    run = lambda length, model=model, **more: generate(model, prompts(2, length), **(fixed | more))
+    run(5)
     count = len(traced)
     assert count >= 2
-    for length in (1, 8, 40, 64):
-        run(prompts(2, length))
-    run(prompts(2, 8), max_new_tokens=9)
-    run(prompts(2, 8), end_ids=[6], repetition_penalty=1.7, padding_id=3)
-    other = jax.tree.map(lambda x: x * 1.5 if eqx.is_inexact_array(x) else x, model)
-    generate(other, prompts(2, 8), max_new_tokens=3, repetition_penalty=1.1, end_ids=[5])
+    for length in (1, 8, ROOM - 2):
+        run(length)
+    run(8, max_new_tokens=9)
+    run(8, end_ids=[6], repetition_penalty=1.7, padding_id=3)
+    run(8, jax.tree.map(lambda x: x * 1.5 if eqx.is_inexact_array(x) else x, model))
     assert len(traced) == count
-    run(prompts(2, 65))
-    assert len(traced) == 2 * count
+    mistral = functools.partial(run, model=twins("mistral").ours)  # it has no table of positions to end
+    for length in (64, 65, 100):
+        mistral(length)
+    assert len(traced) == 3 * count
 
 
 def test_a_cache_of_a_given_length_serves_all_that_fit(traced):
-    jax.clear_caches()
+    ids, model = prompts(ROWS, 30), twins("gpt2").ours
+    fixed = {"max_new_tokens": 11, "end_ids": ENDS}
+    free = [np.asarray(generate(model, ids[:, :n], **fixed)) for n in (9, 30)]
+    traced.clear()
+    found = [np.asarray(generate(model, ids[:, :n], **fixed, cache_length=41)) for n in (9, 30)]
+    np.testing.assert_array_equal(found, free)
+    assert len(traced) == 2
+
+
+def test_a_few_rows_run_on_turned_matrices():
+    """On a CPU, where they are turned: what the batches above have run on, and single rows have not."""
     model = twins("mistral").ours
-    free = [np.asarray(generate(model, prompts(2, n), max_new_tokens=20)) for n in (9, 30)]
-    count = len(traced)
-    fixed = [np.asarray(generate(model, prompts(2, n), max_new_tokens=20, cache_length=50)) for n in (9, 30)]
-    np.testing.assert_array_equal(fixed, free)
-    assert len(traced) == 2 * count
+    is_turned = lambda node: isinstance(node, TurnedLinear)
+    turned = lambda rows: sum(map(is_turned, jax.tree.leaves(for_rows(model, rows), is_leaf=is_turned)))
+    few = 2 * 7 if jax.default_backend() == "cpu" else 0  # all of both blocks, and not the 61 rows of the output
+    assert [turned(rows) for rows in (1, 2, 16, 17)] == [0, few, few, 0]
+    old, new = model.backbone.stack.blocks[0].mlp.down_proj, for_rows(model, 3).backbone.stack.blocks[0].mlp.down_proj
+    x = jax.random.normal(jax.random.key(0), (3, 5, old.in_features))
+    np.testing.assert_allclose(new(x), old(x), rtol=0, atol=1e-5)
+    assert new.weight.shape == (new.out_features, new.in_features) == old.weight.shape
+
+
+def moved(text, shape):
+    """Lines of a compiled program, but for its entry, that copy or turn an array of this shape."""
+    bodies = [part for part in text.split("\n\n") if not part.lstrip().startswith("ENTRY")]
+    lines = [line for part in bodies for line in part.splitlines() if f"= {shape}" in line]
+    assert any("dynamic-update-slice(" in line for line in lines)
+    return [line for line in lines if " copy(" in line or " transpose(" in line]
 
 
 def test_the_cache_is_written_in_place():
-    """The compiled loop holds no copy of a whole layer's keys, which would cost as much as reading them all again."""
-    model = twins("gpt2").ours
-    heads, width = 3, 7
+    """A copy of a layer's keys a token would cost as much as reading all of them once more."""
     ids, real = jnp.zeros((ROWS, 64), jnp.int32), jnp.ones((ROWS, 64), bool)
-    from eqx_transformers.generation.request import ends_of, number
-
-    given = (model, ids, real, 128, number(9, np.int32), (), ends_of(None, None), None)
-    text = loop.run.lower(*given).compile().compiled.as_text()
-    layer = f"f32[{ROWS},{heads},128,{width}]"
-    computations = text.split("\n\n")
-    body = [c for c in computations if "dynamic-update-slice" in c and layer in c and "while/body" in c]
-    copies = [line for c in body for line in c.splitlines() if f"= {layer}" in line and " copy(" in line]
-    assert body and not [line for line in copies if "while/body" in line]
+    given = (ids, real, 128, number(9, np.int32), (), ends_of(None, None), None)
+    program = loop.run.lower(twins("gpt2").ours, *given).compile().compiled.as_text()
+    assert moved(program, f"f32[{ROWS},3,128,7]") == []
 
 
 # ---- errors

@@ -18,12 +18,13 @@ import converters
 VOCAB, ROOM, PAD = 61, 41, 1
 ENDS = [2, 7, 11]
 COMMON = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.5}
-SHARED_HEADS = {"hidden_size": 28, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+# Multiples of 16: batches of it run on turned matrices (on a CPU), single rows do not.
+SHARED_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 37}
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(n_positions=ROOM, n_embd=21, n_layer=2, n_head=3, n_inner=37, **COMMON),
     "mistral": lambda: transformers.MistralConfig(
-        sliding_window=9, max_position_embeddings=ROOM, **SHARED_HEADS, **SIZES, **COMMON
+        sliding_window=9, max_position_embeddings=ROOM, **SHARED_HEADS, **(SIZES | {"intermediate_size": 48}), **COMMON
     ),
     "roberta": lambda: transformers.RobertaConfig(
         hidden_size=21, num_attention_heads=3, max_position_embeddings=ROOM, is_decoder=True, **SIZES, **COMMON

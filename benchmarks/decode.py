@@ -1,0 +1,210 @@
+"""How fast are tokens generated, against torch's `generate` and against reading all weights once a token?
+
+`python -m benchmarks.decode` runs GPT-2's and a 100M Llama's shape with random weights (the same in both), float32, the
+best token, no end. *floor* is the time in which a program reads every parameter once, the best of the run: a token
+cannot be had for less, whatever the batch.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import converters
+from eqx_transformers import generate
+
+from .timing import interleaved, machine, medians, seconds, table
+
+COMPILING = "/jax/core/compile/backend_compile_duration"
+SIZES = ["1x64", "8x64", "1x512", "8x512"]
+NEW = 64
+
+
+class Case(NamedTuple):
+    """A batch of prompts, and our first call's time and its part that was compiling."""
+
+    ids: np.ndarray
+    compile_s: float
+    first_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.ids.shape[0]}x{self.ids.shape[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generation against torch and against reading all weights.")
+    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="BATCHxPROMPT")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{NEW} new tokens, float32; {machine()}, torch {reference_version()}")
+    for name in args.models:
+        print(f"\n{name}")
+        report(name, [tuple(map(int, size.split("x"))) for size in args.sizes], args.rounds)
+
+
+def report(name: str, sizes: list[tuple[int, int]], rounds: int) -> None:
+    reference, model = twins(name)
+    cases = [first(model, prompts(reference, *size)) for size in sizes]
+    calls = {"floor": floor(model)}
+    for case in cases:
+        calls |= {f"{case.name} torch {n}": theirs(reference, case.ids, n) for n in (1, NEW)}
+        calls |= {f"{case.name} ours {n}": ours(model, case.ids, n) for n in (1, NEW)}
+    times = interleaved(calls, rounds)
+    least, found = min(times["floor"]), medians(times)
+    header = ["size", "torch s", "ours s", "torch / ours", "torch ms/token", "ours ms/token", "torch / ours"]
+    header += ["floor ms", "ours / floor", "ours tokens/s", "compile s", "first s"]
+    print(table(header, [row(case, found, least) for case in cases]))
+    print(flatness(model, cases[0].ids, rounds))
+    print(compilations(model))
+
+
+def row(case: Case, found: dict[str, float], least: float) -> list[str]:
+    torch_s, ours_s = (found[f"{case.name} {who} {NEW}"] for who in ("torch", "ours"))
+    # A token's time without the prompt's: the difference of two calls.
+    torch_ms, ours_ms = (
+        (found[f"{case.name} {who} {NEW}"] - found[f"{case.name} {who} 1"]) / (NEW - 1) * 1e3
+        for who in ("torch", "ours")
+    )
+    return [
+        f"{case.name} -> {NEW}",
+        f"{torch_s:.2f}",
+        f"{ours_s:.2f}",
+        f"{torch_s / ours_s:.2f}",
+        f"{torch_ms:.1f}",
+        f"{ours_ms:.1f}",
+        f"{torch_ms / ours_ms:.2f}",
+        f"{least * 1e3:.1f}",
+        f"{ours_ms / least / 1e3:.2f}",
+        f"{len(case.ids) * NEW / ours_s:.0f}",
+        f"{case.compile_s:.1f}",
+        f"{case.first_s:.1f}",
+    ]
+
+
+def flatness(model: Any, ids: np.ndarray, rounds: int) -> str:
+    """Milliseconds a token, by how many were there already."""
+    marks = [1, 17, 33, 49, 64]
+    found = medians(interleaved({str(n): ours(model, ids, n) for n in marks}, rounds))
+    spent = [(found[str(b)] - found[str(a)]) / (b - a) * 1e3 for a, b in pairwise(marks)]
+    parts = [f"{a} to {b}: {ms:.1f}" for (a, b), ms in zip(pairwise(marks), spent, strict=True)]
+    return f"ms a token, by the length already generated (batch {len(ids)}): {', '.join(parts)}"
+
+
+def compilations(model: Any) -> str:
+    lengths = np.linspace(5, 505, 20).astype(int)
+    with compiling() as compiled:
+        for length in lengths:
+            np.asarray(generate(model, np.full((3, length), 7), max_new_tokens=2))
+    return f"{len(lengths)} prompt lengths from {lengths[0]} to {lengths[-1]}: {len(compiled)} compilations"
+
+
+@contextmanager
+def compiling() -> Iterator[list[float]]:
+    """Collects the seconds of every compilation, of whatever is compiled."""
+    found: list[float] = []
+    active = True
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if active and event == COMPILING:
+            found.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        active = False  # listeners cannot be taken back
+
+
+def first(model: Any, ids: np.ndarray) -> Case:
+    with compiling() as compiled:
+        spent = seconds(ours(model, ids, NEW))
+    return Case(ids, sum(compiled), spent)
+
+
+def ours(model: Any, ids: np.ndarray, new: int) -> Callable[[], Any]:
+    # The same slots for every number of tokens, so that one program runs them all.
+    return lambda: generate(model, ids, max_new_tokens=new)
+
+
+def theirs(reference: Any, ids: np.ndarray, new: int) -> Callable[[], Any]:
+    import torch
+
+    given = torch.from_numpy(ids)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def call():
+        return reference.generate(given, attention_mask=torch.ones_like(given), **options).numpy()
+
+    return call
+
+
+def floor(model: Any) -> Callable[[], Any]:
+    """Reads every parameter once."""
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    total = jax.jit(lambda arrays: sum(jnp.sum(x) for x in jax.tree.leaves(arrays)))
+    return lambda: total(arrays)
+
+
+def prompts(reference: Any, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, reference.config.vocab_size, (batch, length))
+
+
+def gpt2() -> Any:
+    import transformers
+
+    return transformers.GPT2Config()
+
+
+def llama() -> Any:
+    """The widths of GPT-2 in Llama's way: 100 million parameters."""
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        intermediate_size=2048,
+        tie_word_embeddings=True,
+    )
+
+
+CONFIGS = {"GPT-2 small": gpt2, "Llama 100M": llama}
+
+
+def twins(name: str) -> tuple[Any, Any]:
+    """transformers' model with random weights, and ours with the same."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with tempfile.TemporaryDirectory() as directory:
+        reference.save_pretrained(directory)
+        model, _ = converters.load(directory)
+    reference.generation_config.eos_token_id = None
+    return reference, model
+
+
+def reference_version() -> str:
+    import torch
+    import transformers
+
+    return f"{torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}"
+
+
+if __name__ == "__main__":
+    main()
