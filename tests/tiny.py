@@ -136,6 +136,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 9,
 }
+LONGER = Row("llama", CausalLM, {"rope_parameters": LLAMA3})
+BIASED = Row("llama", Llama, {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True})
+WINDOWED = Row("qwen3", SequenceClassifier, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0})
 
 ROWS = [
     *(Row(name, head) for name, family in FAMILIES.items() for head in family.models.values()),
@@ -152,17 +155,20 @@ ROWS = [
     Row("gpt2", CausalLM, {"tie_word_embeddings": False}),
     Row("gpt2", GPT2, {"n_inner": None, "activation_function": "relu"}),
     Row("llama", CausalLM, {"tie_word_embeddings": True, "hidden_size": 24, "head_dim": None}),
-    Row("llama", CausalLM, {"rope_parameters": LLAMA3}),
-    Row(
-        "llama", Llama, {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}
-    ),
+    LONGER,
+    BIASED,
     MIXED,
-    Row("qwen3", SequenceClassifier, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    WINDOWED,
     Row("qwen3", CausalLM, {"attention_bias": True, "num_key_value_heads": 4}),
 ]
 # A head knows nothing of how its encoder's blocks are laid out: one without a head and one with stand for the family.
 BOTH = [row for row in ROWS if row.head in (Encoder, MaskedLM) and not row.options]
-# Those for laws that compile. A decoder's head is one matrix: of its files, a language model's stands for the others,
-# and of verification, which every row has, one compilation is enough.
-NUMBERS = [row for row in ROWS if not row.on_decoder or row.options or row.head is CausalLM]
-NUMBERS += [Row("gpt2", SequenceClassifier)]
+# Families whose table and heads are Llama's: laws that know nothing else run on what else differs.
+ALIKE = ("mistral", "qwen2", "qwen3")
+# Of one family, a decoder's files under any head have one config.
+CONFIGS = [row for row in ROWS if not row.on_decoder or row.options or row.head is CausalLM]
+TABLES = [row for row in ROWS if row.family not in ALIKE or row in CONFIGS]
+# Every row is verified, which compiles it once. Laws that compile it again run on these: of decoders, whose heads are
+# one matrix, those that differ in what their blocks compute.
+COMPILED = [row for row in ROWS if not row.on_decoder]
+COMPILED += [Row("gpt2", CausalLM), Row("llama", CausalLM), LONGER, BIASED, MIXED, WINDOWED]

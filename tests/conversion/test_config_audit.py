@@ -13,13 +13,13 @@ from converters.families import FAMILIES
 from eqx_transformers import CausalLM, MaskedLM, SequenceClassifier, TokenClassifier
 
 from ..reference import changes_nothing, reference
-from ..tiny import Row
+from ..tiny import ALIKE, Row
 from .breaking import config as changed
 from .test_facts import other
 
 # The language model of every family, and a classifier, which in Llama's kin is Llama's own.
 LANGUAGE = {name: CausalLM if family.reads == "last" else MaskedLM for name, family in FAMILIES.items()}
-CLASSIFIED = [name for name in FAMILIES if name not in ("mistral", "qwen2", "qwen3")]
+CLASSIFIED = [name for name in FAMILIES if name not in ALIKE]
 both = pytest.mark.parametrize(
     ("family", "head"),
     [*LANGUAGE.items(), *((name, SequenceClassifier) for name in CLASSIFIED)],
@@ -113,7 +113,7 @@ ALIASES = {
     "fields of the first files": {"n_ctx": 31, "task_specific_params": {"text-generation": {"do_sample": True}}},
 }
 SPELLED = [
-    *((name, LANGUAGE[name], field) for name in (*CLASSIFIED, "qwen2") for field in OLD.items()),
+    *((name, LANGUAGE[name], field) for name in CLASSIFIED for field in OLD.items()),
     *((name, head, field) for name, head in LANGUAGE.items() if head is MaskedLM for field in POSITIONS.items()),
     *(("bert", SequenceClassifier, field) for field in OLD.items()),
     *(("llama", CausalLM, field) for field in TURNED.items()),

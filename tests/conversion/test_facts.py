@@ -11,10 +11,8 @@ from converters.families import FAMILIES
 from eqx_transformers import MultipleChoice, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
 from ..reference import changes_nothing, make, reference, save
-from ..tiny import NUMBERS, Row
+from ..tiny import CONFIGS, Row
 from .test_laws import loaded, planned
-
-numbers = pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.id)
 
 OTHERS = {
     "hidden_act": "tanh",
@@ -47,7 +45,7 @@ def others(name, value):
     return [value | {inner: other(inner, x)} for inner, x in value.items()]
 
 
-@numbers
+@pytest.mark.parametrize("row", CONFIGS, ids=lambda row: row.id)
 def test_every_fact_perturbed_changes_it_alone_or_is_refused(row):
     """Of several fields that say something together, one may be shadowed by another: in the reference too, then."""
     ref, family = reference(row), FAMILIES[row.family]
