@@ -45,7 +45,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gradients", action="store_true", help="with --verify: compare every gradient too")
     parser.add_argument("--record", type=Path, metavar="FILE", help="--verify, and keep what the reference computed")
     parser.add_argument("--against", type=Path, metavar="FILE", help="--verify without torch, against such a record")
-    parser.add_argument("--head", choices=sorted(HEADS), help="this class in the place of the file's architecture")
+    parser.add_argument(
+        "--head", choices=sorted(HEADS), help="this class, bare or with a head, in the place of the file's"
+    )
     parser.add_argument("--labels", type=int, metavar="N", help="number of labels of a classifier")
     parser.add_argument("--no-strict", action="store_true", help="draw what is missing, leave out what is unexpected")
     parser.add_argument("--seed", type=_seed, default=0, help="of arrays that the file lacks (default 0)")

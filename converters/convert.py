@@ -49,8 +49,8 @@ def load(
 ) -> tuple[Any, Origin]:
     """(model, origin) of a hub id, a local Hugging Face directory, or a directory in the native format.
 
-    - `head`: one of our classes in the place of the file's architecture (`Encoder`: the bare one). Its own arrays are
-      drawn from `key` and reported as new, the file's unused head as dropped.
+    - `head`: one of our classes in the place of the file's architecture (`Encoder`, `GPT2`, `Llama`: the bare one). Its
+      own arrays are drawn from `key` and reported as new, the file's unused head as dropped.
     - `labels`: how many, or their names; if the file's classifier has another number, its output layer is drawn anew.
     - `override` changes facts by our names (`{"dropout": 0.0}`); `stacked` stacks the blocks.
     - `dtype`: "auto" keeps each tensor's own; "float32", "bfloat16", "float16" cast once. Numbers beyond the dtype's

@@ -11,7 +11,18 @@ import transformers
 
 import converters
 from converters.families import _rope, _window
-from eqx_transformers import LLAMA, MISTRAL, QWEN2, QWEN3, CausalLM, GPT2Config, Llama, SequenceClassifier, reconfigure
+from eqx_transformers import (
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    CausalLM,
+    GPT2Config,
+    Llama,
+    SequenceClassifier,
+    reconfigure,
+)
 
 from ..reference import reference
 from ..tiny import LLAMA3, MIXED, Row
@@ -176,6 +187,16 @@ def test_a_backbone_is_a_head_like_any_other(llama):
     assert eqx.tree_equal(model.stack, converters.load(llama)[0].backbone.stack)
     with pytest.raises(converters.ConversionError, match="head=GPT2Config is not a model of llama"):
         converters.load(llama, head=GPT2Config)
+
+
+def test_a_tied_language_model_is_whole_in_a_bare_file_and_an_untied_one_is_not():
+    tied, untied = (reference(Row(*row)).directory for row in (("gpt2", GPT2), ("llama", Llama)))
+    model, _ = converters.load(tied, head=CausalLM)  # nothing is drawn, so that no key is needed
+    assert converters.inspect(tied, head=CausalLM).new == {} and model.head.decoder is None
+    assert converters.inspect(untied, head=CausalLM).new == {"head.decoder.weight": (61, 28)}
+    with pytest.raises(converters.ConversionError, match=r"head\.decoder\.weight: not in the file.*key="):
+        converters.load(untied, head=CausalLM)
+    assert converters.inspect(untied, head=CausalLM).ok
 
 
 def test_a_sentence_embedder_of_a_decoder_is_not_taken_for_its_language_model(llama):
