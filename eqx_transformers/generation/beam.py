@@ -142,7 +142,7 @@ def updated(
         open=open,
         new=new,
         more=open.any() & ~done & ~found.ended.all(),
-        sound=search.sound & ~jnp.isnan(found.scores).any(),
+        sound=search.sound & jnp.all(jnp.isfinite(found.scores[:, 0]) | ~search.open),
     )
     rows = flat(from_beam + rule.beams * jnp.arange(len(token))[:, None])
     return search._replace(cache=over_rows(lambda x: x[rows], search.cache))

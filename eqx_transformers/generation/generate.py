@@ -3,13 +3,24 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, PRNGKeyArray
 
 from . import beam, loop
 from .beam import Beams, Rule
 from .loop import Ends
-from .request import Prompt, changing, ends_of, filtering, number, prompt_of, whole
+from .request import (
+    Prompt,
+    changing,
+    ends_of,
+    expect_key,
+    filtering,
+    number,
+    prompt_of,
+    real_number,
+    whole,
+)
 
 Batch = Integer[Array | np.ndarray, "batch seq"]
 Attended = Bool[Array | np.ndarray, "batch seq"] | Integer[Array | np.ndarray, "batch seq"]
@@ -66,6 +77,9 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     more = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
     more |= {"min_new_tokens": min_new_tokens}
+    expect_key(key)
+    if stream is not None and not callable(stream):
+        raise ValueError(f"stream must be a function of the next tokens, but it is {stream!r}.")
     if whole("beams", beams, 1) > 1:
         _expect_unset(f"beams = {beams} search for the likeliest sequence", sampling | {"key": key, "stream": stream})
         found = beam_search(
@@ -81,20 +95,21 @@ def generate(
             cache_length=cache_length,
             **more,
         )
-        return found.tokens[:, 0]
+        return jax.device_put(np.asarray(found.tokens)[:, 0])
     _expect_unset("beams = 1", {"length_penalty": length_penalty, "early_stopping": early_stopping})
     if key is None:
         _expect_unset("without a key the best token is taken", sampling)
     ends = ends_of(end_ids, padding_id)
     processors = changing(ends, **more) + filtering(**sampling)
     prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
+    max_new_tokens = int(max_new_tokens)
     if stream is None:
         bound = number(max_new_tokens, np.int32)
         tokens, sound = loop.run(model, prompt.ids, prompt.real, prompt.length, bound, processors, ends, key)
     else:
         tokens, sound = _streamed(model, prompt, max_new_tokens, processors, ends, key, stream)
     _expect_sound(sound)
-    return tokens[:, :max_new_tokens]
+    return jax.device_put(np.asarray(tokens)[:, :max_new_tokens])  # JAX's own slice would be one more program
 
 
 def beam_search(
@@ -125,21 +140,23 @@ def beam_search(
     All else is as in `generate`. A row needs `beams` times its cache. Source: transformers' beam search, 5.x.
     """
     ends = ends_of(end_ids, padding_id)
-    if early_stopping not in (True, False, "never"):
+    if early_stopping != "never" and not isinstance(early_stopping, bool | np.bool_):
         raise ValueError(f"early_stopping must be True, False or 'never', but it is {early_stopping!r}.")
+    length_penalty = real_number("length_penalty", length_penalty, "a number", lambda x: True)
     processors = changing(
         ends,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram=no_repeat_ngram,
         min_new_tokens=min_new_tokens,
     )
-    whole("beams", beams, 1)
+    beams = whole("beams", beams, 1)
     prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
-    when = number(early_stopping is True, bool), number(early_stopping == "never", bool)
+    max_new_tokens = int(max_new_tokens)
+    when = number(early_stopping != "never" and bool(early_stopping), bool), number(early_stopping == "never", bool)
     rule = Rule(beams, *when, number(length_penalty), number(max_new_tokens, np.int32))
     found, sound = beam.run(model, prompt.ids, prompt.real, prompt.length, processors, ends, rule)
     _expect_sound(sound)
-    return found._replace(tokens=found.tokens[..., :max_new_tokens])
+    return found._replace(tokens=jax.device_put(np.asarray(found.tokens)[..., :max_new_tokens]))
 
 
 def _streamed(
@@ -175,6 +192,7 @@ def _expect_unset(why: str, options: dict[str, Any]) -> None:
 def _expect_sound(sound: Bool[Array, ""]) -> None:
     if not sound:
         raise ValueError(
-            "The model's scores are NaN: a token id outside of its vocabulary gives that, and so do weights or"
-            " activations that overflow. Check token_ids, end_ids and padding_id against the tokenizer."
+            "No token could be chosen: the model's scores are NaN (a token id outside of its vocabulary gives that, and"
+            " weights or activations that overflow), or no_repeat_ngram forbids every token that is left. Check"
+            " token_ids, end_ids and padding_id against the tokenizer, or ask for fewer new tokens."
         )

@@ -36,7 +36,7 @@ class State(NamedTuple):
     """Rows that are under way: `new` tokens each, of which the last one is not in the cache yet.
 
     `ids` and `real` are the tokens in the slots of the cache, the prompt's and then the new ones. `sound` is False once
-    a score was NaN.
+    no token could be chosen: its score was NaN, or nothing is allowed any more.
     """
 
     cache: Any
@@ -130,7 +130,7 @@ def _chosen(
     def one(row, scores, ids, real):
         scores = processed(processors, scores, SoFar(ids, real, index, state.new))
         token = jnp.argmax(scores) if key is None else jax.random.categorical(_fold(key, row, state.new), scores)
-        return token.astype(jnp.int32), ~jnp.isnan(scores[token])
+        return token.astype(jnp.int32), jnp.isfinite(scores[token])
 
     found, sound = jax.vmap(one)(jnp.arange(len(scores)), scores, state.ids, state.real)
     token = jnp.where(state.ended, ends.padding_id, found)
@@ -166,7 +166,7 @@ def run(
     ends: Ends,
     key: PRNGKeyArray | None,
 ) -> tuple[Int[Array, "rows new"], Bool[Array, ""]]:
-    """All of it as one program: the new tokens, and whether no score was NaN."""
+    """All of it as one program: the new tokens, and whether there always was one to choose."""
     state = begin(model, causal_start(model, ids, real, length), length, processors, ends, key)
     prompt = ids.shape[-1]
     state = advance(for_rows(model, len(ids)), state, prompt, bound, processors, ends, key)

@@ -1,6 +1,7 @@
 """What a caller asks for, checked before anything runs, in the form that the loop takes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from .loop import Ends
 from .processors import MinNewTokens, MinP, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP
 
 SHORTEST = 64  # slots of a bucket: fewer cost about as much
+STEP = 16  # slots by which a prompt's bucket is cut where `cache_length` leaves too few
+TINIEST = 1e-30  # of what scores are divided by: less would make them infinite
 
 
 class Prompt(NamedTuple):
@@ -29,21 +32,35 @@ def bucket(size: int) -> int:
 
 def prompt_of(model: Any, token_ids: Any, attention_mask: Any, max_new_tokens: int, cache_length: int | None) -> Prompt:
     """The prompts in the smallest bucket, with room for `max_new_tokens`. Raises a `ValueError` for what cannot be."""
-    whole("max_new_tokens", max_new_tokens, 1)
+    _expect_causal(model)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     ids = _ids(token_ids)
     real = _real(model, ids, attention_mask)
     longest = max(1, int(real.sum(1).max()))
     _expect_room(model, longest, max_new_tokens)
-    width, length = bucket(longest), cache_length
-    if length is None:
-        length = width + bucket(max_new_tokens)
-    elif length < longest + max_new_tokens:
+    width = bucket(longest)
+    if cache_length is None:
+        return Prompt(*map(jax.device_put, _compacted(ids, real, width)), width + bucket(max_new_tokens))
+    length = whole("cache_length", cache_length, 1)
+    if length < longest + max_new_tokens:
         raise ValueError(
             f"cache_length = {length} is too short: the longest prompt has {longest} tokens and max_new_tokens ="
             f" {max_new_tokens}, which takes {longest + max_new_tokens} slots. Leave cache_length out to have it fit."
         )
-    width = min(width, length - max_new_tokens)
-    return Prompt(*map(jnp.asarray, _compacted(ids, real, width)), length)
+    if width + max_new_tokens > length:  # what is left, in steps: a few more new tokens are no other program
+        left = length - max_new_tokens
+        width = left // STEP * STEP if left // STEP * STEP >= longest else left
+    return Prompt(*map(jax.device_put, _compacted(ids, real, width)), length)
+
+
+def _expect_causal(model: Any) -> None:
+    if not (hasattr(model, "init_cache") and hasattr(model, "step") and hasattr(model, "head")):
+        raise ValueError(
+            f"generate needs a model with scores of the next token and a cache, such as CausalLM, but it is"
+            f" {type(model).__name__}. CausalLM.of(decoder, key=…) puts an output on a bare decoder."
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(model)):
+        _concrete("model", next(x for x in jax.tree.leaves(model) if isinstance(x, jax.core.Tracer)))
 
 
 def _concrete(name: str, x: Any) -> np.ndarray:
@@ -65,6 +82,10 @@ def _ids(token_ids: Any) -> np.ndarray:
         raise ValueError(f"token_ids is empty, {ids.shape}: every row needs a token to begin with.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"token_ids must be integers, but it is {ids.dtype}.")
+    if ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(
+            f"token_ids must be numbers of tokens, from 0, but there is {ids[(ids < 0) | (ids >= 2**31)][0]}."
+        )
     return ids.astype(np.int32)
 
 
@@ -76,10 +97,10 @@ def _real(model: Any, ids: np.ndarray, attention_mask: Any) -> np.ndarray:
     mask = _concrete("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must be as token_ids, {ids.shape}, but it is {mask.shape}.")
-    if not (mask.dtype == bool or np.issubdtype(mask.dtype, np.integer)) or not np.isin(mask, (0, 1)).all():
-        raise ValueError(
-            f"attention_mask must hold 0 and 1 (or False and True), but it is {mask.dtype} of other values."
-        )
+    if not (mask.dtype == bool or np.issubdtype(mask.dtype, np.integer)):
+        raise ValueError(f"attention_mask must be bool or integers, 1 for a token, but it is {mask.dtype}.")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("attention_mask must hold 0 and 1 (or False and True), but there are other values in it.")
     return mask.astype(bool)
 
 
@@ -111,10 +132,10 @@ def ends_of(end_ids: int | Sequence[int] | None, padding_id: int | None) -> Ends
     """`end_ids` as an array; `padding_id` is the first of them unless given, or 0."""
     given = [] if end_ids is None else np.asarray(end_ids).reshape(-1).tolist()
     for name, x in [*(("end_ids", x) for x in given), *([] if padding_id is None else [("padding_id", padding_id)])]:
-        if not isinstance(x, int | np.integer) or isinstance(x, bool) or x < 0:
+        if not isinstance(x, int | np.integer) or isinstance(x, bool) or not 0 <= x < 2**31:
             raise ValueError(f"{name} must be token ids, whole numbers from 0, but there is {x!r}.")
     padding = padding_id if padding_id is not None else given[0] if given else 0
-    return Ends(jnp.asarray(np.array(given, np.int32)), number(padding, np.int32))
+    return Ends(jax.device_put(np.array(list(dict.fromkeys(given)), np.int32)), number(padding, np.int32))
 
 
 def changing(
@@ -122,8 +143,7 @@ def changing(
 ) -> tuple[Any, ...]:
     """The processors that act on every way of choosing, in transformers' order."""
     found: list[Any] = []
-    if repetition_penalty != 1.0:
-        _expect("repetition_penalty", repetition_penalty, repetition_penalty > 0, "more than 0")
+    if real_number("repetition_penalty", repetition_penalty, "more than 0", lambda x: x > TINIEST) != 1.0:
         found.append(RepetitionPenalty(number(repetition_penalty)))
     if no_repeat_ngram is not None:
         found.append(NoRepeatNgram(whole("no_repeat_ngram", no_repeat_ngram, 1)))
@@ -137,16 +157,16 @@ def filtering(
 ) -> tuple[Any, ...]:
     """The processors that shape a distribution to be sampled from, in transformers' order."""
     found: list[Any] = []
-    if temperature != 1.0:
-        _expect("temperature", temperature, temperature > 0, "more than 0 (without a key, the best token is taken)")
+    said = "more than 0 (without a key, the best token is taken)"
+    if real_number("temperature", temperature, said, lambda x: x > TINIEST) != 1.0:
         found.append(Temperature(number(temperature)))
     if top_k is not None:
         found.append(TopK(whole("top_k", top_k, 1)))
     if top_p is not None:
-        _expect("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1")
+        real_number("top_p", top_p, "more than 0 and at most 1", lambda x: 0 < x <= 1)
         found += [TopP(number(1.0 - top_p))] if top_p < 1 else []
     if min_p is not None:
-        _expect("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1")
+        real_number("min_p", min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
         found.append(MinP(number(min_p)))
     return tuple(found)
 
@@ -158,11 +178,22 @@ def whole(name: str, x: Any, least: int) -> int:
     return int(x)
 
 
-def _expect(name: str, x: Any, holds: bool, said: str) -> None:
-    if not holds:
+def real_number(name: str, x: Any, said: str, holds: Callable[[float], bool]) -> float:
+    """`x`, which must be a finite number of which `holds` is true, as `said`."""
+    is_number = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+    if not is_number or not math.isfinite(x) or not holds(float(x)):
         raise ValueError(f"{name} must be {said}, but it is {x!r}.")
+    return float(x)
+
+
+def expect_key(key: Any) -> None:
+    """One key, as `jax.random.key` makes it, or none."""
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = getattr(key, "dtype", None) == jnp.uint32 and key.shape == (2,)
+    if key is not None and not raw and not (typed and key.shape == ()):
+        raise ValueError(f"key must be one random key, jax.random.key(…), but it is {type(key).__name__}.")
 
 
 def number(x: float | int | bool, dtype: Any = np.float32) -> jax.Array:
-    """Traced, so that another value is no other program."""
-    return jnp.asarray(np.asarray(x, dtype))
+    """Traced, so that another value is no other program; `device_put` compiles nothing, where `jnp.asarray` does."""
+    return jax.device_put(np.asarray(x, dtype))

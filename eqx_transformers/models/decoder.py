@@ -209,14 +209,14 @@ class Decoder(eqx.Module):
     def summary(
         self, hidden: Float[Array, "seq embed_dim"], token_ids: Ids, **inputs: Any
     ) -> Float[Array, " embed_dim"]:
-        """What a classifier of whole sequences reads: the state of the last token that is not padding."""
-        mask = inputs.get("attention_mask")
-        if mask is None and self.padding_id is not None:
-            mask = jnp.asarray(token_ids) != self.padding_id
-        if mask is None:
-            return hidden[-1]
+        """What a classifier of whole sequences reads: the state of the last token that is not padding.
+
+        As in transformers, with whose rule classifiers are trained, padding is what has the id `padding_id`, whatever
+        the mask says; where the config names none, it is what the mask hides.
+        """
+        mask = inputs.get("attention_mask") if self.padding_id is None else jnp.asarray(token_ids) != self.padding_id
         real = real_of(mask, len(hidden))
-        return hidden[len(hidden) - 1 - jnp.argmax(real[::-1])]
+        return hidden[jnp.max(jnp.where(real, jnp.arange(len(hidden)), 0))]
 
     def _rotation(self, position_ids: Int[Array, " seq"]) -> Rotation | None:
         if self.rotary is None:

@@ -1,4 +1,4 @@
-"""What stands on an encoder: each head is one composition, made from a config or put on an encoder that is there.
+"""What stands on an encoder or a decoder: each head is one composition, from a config or on a backbone that is there.
 
 `Head(config, key=key)` builds both, `Head.of(encoder, labels, key=key)` puts a fresh head on an encoder.
 A head is called as its encoder is: `**inputs` are the keyword arguments of `Encoder.__call__`.
@@ -139,7 +139,8 @@ class NextSentencePredictor(Head):
 class SequenceClassifier(Head):
     """Logits ` labels` of a whole sequence; with one label, a regression.
 
-    On an encoder it reads the pooler or the first token, on a decoder the last token that is not padding.
+    On an encoder it reads the pooler or the first token, on a decoder the last token that is not padding: see
+    `Decoder.summary`.
     """
 
     backbone: Any

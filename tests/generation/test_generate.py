@@ -232,12 +232,14 @@ def test_one_program_serves_all_lengths_of_a_bucket_and_all_numbers(traced):
 
 def test_a_cache_of_a_given_length_serves_all_that_fit(traced):
     ids, model = prompts(ROWS, 30), twins("gpt2").ours
-    fixed = {"max_new_tokens": 11, "end_ids": ENDS}
-    free = [np.asarray(generate(model, ids[:, :n], **fixed)) for n in (9, 30)]
+    given = [(9, 11), (30, 11), (17, 12), (3, 13)]
+    free = [np.asarray(generate(model, ids[:, :n], max_new_tokens=new, end_ids=ENDS)) for n, new in given]
     traced.clear()
-    found = [np.asarray(generate(model, ids[:, :n], **fixed, cache_length=41)) for n in (9, 30)]
-    np.testing.assert_array_equal(found, free)
+    for (n, new), wanted in zip(given, free, strict=True):
+        found = generate(model, ids[:, :n], max_new_tokens=new, end_ids=ENDS, cache_length=63)
+        np.testing.assert_array_equal(found, wanted)
     assert len(traced) == 2
+    assert generate(model, ids[:, :30], max_new_tokens=11, cache_length=41).shape == (ROWS, 11)  # just enough
 
 
 def test_a_few_rows_run_on_turned_matrices():
@@ -282,12 +284,16 @@ def test_the_cache_is_written_in_place():
         ),
         ({"token_ids": np.zeros((1, 2, 3), np.int32)}, r"must be 'batch seq', but it is \(1, 2, 3\)"),
         ({"token_ids": np.zeros((2, 0), np.int32)}, r"token_ids is empty, \(2, 0\)"),
+        (
+            {"token_ids": np.full((2, 3), 2**32 + 5)},
+            "token_ids must be numbers of tokens, from 0, but there is 4294967301",
+        ),
         ({"token_ids": np.zeros((2, 3), np.float32)}, "token_ids must be integers, but it is float32"),
         (
             {"attention_mask": np.ones((2, 2), bool)},
             r"attention_mask must be as token_ids, \(2, 3\), but it is \(2, 2\)",
         ),
-        ({"attention_mask": np.ones((2, 3))}, "attention_mask must hold 0 and 1"),
+        ({"attention_mask": np.ones((2, 3))}, "attention_mask must be bool or integers.*float64"),
         ({"attention_mask": np.full((2, 3), 2)}, "attention_mask must hold 0 and 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, but it is 0"),
         (
@@ -298,6 +304,16 @@ def test_the_cache_is_written_in_place():
             {"cache_length": 9, "max_new_tokens": 7},
             "cache_length = 9 is too short: .* 3 tokens and .* 7, which takes 10",
         ),
+        ({"cache_length": "100"}, "cache_length must be a whole number, at least 1, but it is '100'"),
+        ({"temperature": 1e-40, "key": jax.random.key(0)}, "temperature must be more than 0"),
+        ({"temperature": None, "key": jax.random.key(0)}, "temperature must be more than 0.*None"),
+        ({"repetition_penalty": None}, "repetition_penalty must be more than 0, but it is None"),
+        ({"top_p": ".9", "key": jax.random.key(0)}, "top_p must be more than 0 and at most 1, but it is '.9'"),
+        ({"key": 0}, r"key must be one random key, jax.random.key\(…\), but it is int"),
+        ({"stream": 3}, "stream must be a function of the next tokens, but it is 3"),
+        ({"end_ids": 2**40}, "end_ids must be token ids, whole numbers from 0, but there is 1099511627776"),
+        ({"beams": 2, "length_penalty": float("nan")}, "length_penalty must be a number, but it is nan"),
+        ({"beams": 2, "early_stopping": 1}, "early_stopping must be True, False or 'never', but it is 1"),
         ({"end_ids": [3, -1]}, "end_ids must be token ids, whole numbers from 0, but there is -1"),
         ({"end_ids": 2.5}, "end_ids must be token ids, whole numbers from 0, but there is 2.5"),
         ({"padding_id": -100}, "padding_id must be token ids"),
@@ -327,6 +343,21 @@ def test_a_request_that_makes_no_sense_is_one_error(given, said, traced):
 def test_under_jit_the_error_says_where_to_call_it():
     with pytest.raises(ValueError, match=r"token_ids is being traced.*call it outside of jit"):
         jax.jit(lambda ids: generate(twins("gpt2").ours, ids, max_new_tokens=2))(prompts(1, 3))
+    with pytest.raises(ValueError, match=r"model is being traced.*call it outside of jit"):
+        eqx.filter_jit(lambda model: generate(model, prompts(1, 3), max_new_tokens=2))(twins("gpt2").ours)
+
+
+@pytest.mark.parametrize("model", [None, twins("gpt2").ours.backbone], ids=["none", "backbone"])
+def test_what_has_no_scores_is_refused(model):
+    with pytest.raises(ValueError, match=r"generate needs a model with scores of the next token.*CausalLM\.of"):
+        generate(model, prompts(1, 3), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 2}, {"key": jax.random.key(0)}], ids=["greedy", "beams", "sampled"])
+def test_where_every_token_is_forbidden_nothing_is_made_up(options):
+    """No token twice, and more new tokens than there are others: transformers repeats token 0."""
+    with pytest.raises(ValueError, match="no_repeat_ngram forbids every token that is left"):
+        generate(twins("mistral").ours, prompts(1, 3), max_new_tokens=VOCAB, no_repeat_ngram=1, **options)
 
 
 def test_stacked_blocks_are_refused():
@@ -340,5 +371,5 @@ def test_stacked_blocks_are_refused():
 def test_scores_that_are_not_numbers_are_an_error(options):
     ids = prompts(2, 3)
     ids[1, 1] = VOCAB + 4
-    with pytest.raises(ValueError, match="scores are NaN: a token id outside"):
+    with pytest.raises(ValueError, match=r"scores are NaN \(a token id outside"):
         ours("gpt2", ids, **options)

@@ -111,9 +111,9 @@ def test_a_classifier_reads_the_last_token_that_is_not_padding(family):
     for ids in (right, left):
         near(call(model, ids, attention_mask=(ids != 1).astype(int)))
     near(call(model, right))  # without a mask, the config's padding_id says where the text ends
-    other = np.where(right == 1, 7, right)  # what padding holds is nothing to a mask
-    near(call(model, other, attention_mask=right != 1))
-    assert not np.allclose(call(model, other), expected, atol=1e-2)
+    other = np.where(right == 1, 7, right)  # the id says what padding is: transformers does not look at the mask
+    assert not np.allclose(call(model, other, attention_mask=right != 1), expected, atol=1e-2)
+    near(call(model, np.append(real, 1)))  # an end of text that is padding's id too
     assert np.isfinite(call(model, np.ones(LENGTH, int))).all()  # nothing but padding
 
 
@@ -121,6 +121,9 @@ def test_without_a_padding_id_and_a_mask_a_classifier_reads_the_last_token():
     model, ids = classifier("mistral"), np.pad(tokens(3, 9), (0, 4), constant_values=1)
     expected = np.float64(call(model.backbone, ids)[-1]) @ np.float64(model.head.output.weight).T
     np.testing.assert_allclose(call(model, ids), expected, rtol=1e-4, atol=1e-4)
+    short = np.float64(call(model.backbone, ids[:9])[-1]) @ np.float64(model.head.output.weight).T
+    masked = call(model, ids, attention_mask=(np.arange(13) < 9).astype(int))
+    np.testing.assert_allclose(masked, short, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="attention_mask must be 'seq' here"):
         model(ids, attention_mask=np.ones((LENGTH, LENGTH), int))
 
