@@ -46,9 +46,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{NEW} new tokens, float32; {machine()}, torch {reference_version()}")
+    sizes = [(int(batch), int(length)) for batch, length in (size.split("x") for size in args.sizes)]
     for name in args.models:
         print(f"\n{name}")
-        report(name, [tuple(map(int, size.split("x"))) for size in args.sizes], args.rounds)
+        report(name, sizes, args.rounds)
 
 
 def report(name: str, sizes: list[tuple[int, int]], rounds: int) -> None:
