@@ -7,6 +7,7 @@ import numpy as np
 
 from eqx_transformers import CausalLM, SequenceClassifier
 
+from ..config import fact, whole
 from ..rules import Ignore, Rule, Table, Tie, rule
 from . import _shared
 from ._shared import EVERYWHERE
@@ -18,6 +19,14 @@ SURPLUS = (
     Ignore("lm_head.*", "the language-model head is not part of this model", parameter=True),
     Ignore("score.*", "another task's classifier is not part of this model", parameter=True),
 )
+
+
+def _padding(value: Any) -> int | None:
+    """A token, or none: older conversions say -1, which no token is."""
+    return None if value in (None, -1) else whole(value)
+
+
+PADDING = fact("pad_token_id", "padding_id", _padding, None)
 
 
 def head(config: Any, model_class: type, tokens: str) -> Table:

@@ -10,7 +10,7 @@ from ..config import OLDER, Older, choice, fact, flag, optional, rate, size, som
 from ..family import Family
 from ..ops import FLIP, split
 from ..rules import Ignore, Rule, Table, affine, rule
-from ._decoder import FIXED, IRRELEVANT, SURPLUS, head, inputs, observe, options, probes
+from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes
 from ._shared import ACTIVATIONS, labels, ours
 
 PREFIX = "transformer."
@@ -91,7 +91,7 @@ FAMILY = Family(
         fact("n_positions", "max_positions", whole, 1024),
         fact("layer_norm_epsilon", "norm_eps", size, 1e-5),
         choice("activation_function", "activation", ACTIVATIONS, "gelu_new"),
-        fact("pad_token_id", "padding_id", optional(whole), None),
+        PADDING,
         fact("resid_pdrop", "dropout", rate, 0.1),
         fact("embd_pdrop", "embedding_dropout", rate, 0.1),
         fact("attn_pdrop", "attention_dropout", rate, 0.1),

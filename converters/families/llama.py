@@ -11,7 +11,7 @@ from ..config import OLDER, Fact, choice, fact, flag, optional, rate, size, some
 from ..family import Family
 from ..rules import Ignore, Table, affine, rule
 from . import _rope, _window
-from ._decoder import FIXED, IRRELEVANT, SURPLUS, head, inputs, observe, options, probes
+from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes
 from ._shared import ACTIVATIONS, labels, ours
 
 PREFIX = "model."
@@ -75,7 +75,7 @@ def facts(defaults: LlamaConfig, width: Fact, *own: Fact) -> tuple[Fact, ...]:
         fact("max_position_embeddings", "max_positions", whole, defaults.max_positions),
         fact("rms_norm_eps", "norm_eps", size, 1e-6),
         choice("hidden_act", "activation", ACTIVATIONS, "silu"),
-        fact("pad_token_id", "padding_id", optional(whole), None),
+        PADDING,
         fact("attention_dropout", "attention_dropout", rate, 0.0),
         fact("initializer_range", "init_std", size, 0.02),
         fact("tie_word_embeddings", "tied", flag, False),

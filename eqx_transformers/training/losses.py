@@ -65,8 +65,8 @@ def chunked_cross_entropy(
     """
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden is {hidden.shape}, but weight {weight.shape}: their last axes must be the same.")
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk} must be at least 1: so many columns of the logits exist at a time.")
+    if not isinstance(chunk, int | np.integer) or chunk < 1:
+        raise ValueError(f"chunk = {chunk!r} must be a whole number, at least 1: so many columns of the logits exist.")
     vocab_size = weight.shape[0]
     dtype = wider(hidden.dtype, weight.dtype, jnp.float32)
     targets, weights = _counted((*hidden.shape[:-1], vocab_size), targets, mask, dtype)

@@ -173,9 +173,17 @@ def test_a_fact_that_the_family_has_no_words_for_is_not_exported(config, says, t
 
 
 def test_padding_outside_the_vocabulary_is_refused_where_it_is_a_row(llama):
-    changed(pad_token_id=-1)(llama)
-    with pytest.raises(converters.UnsupportedConfig, match="padding_id = -1 is not one of the 61 tokens"):
+    changed(pad_token_id=61)(llama)
+    with pytest.raises(converters.UnsupportedConfig, match="padding_id = 61 is not one of the 61 tokens"):
         converters.inspect(llama)
+
+
+def test_padding_that_older_conversions_call_minus_one_is_none_and_goes_back(llama, tmp_path):
+    changed(pad_token_id=-1)(llama)
+    model, origin = converters.load(llama)
+    assert model.config.padding_id is None
+    converters.export(model, tmp_path / "out", origin)
+    assert fields(tmp_path / "out")["pad_token_id"] == -1
 
 
 # ---- heads

@@ -179,7 +179,7 @@ def test_shapes_that_would_broadcast_are_refused(unchecked):
             call(TARGETS, MASK[:, :1])
     with pytest.raises(ValueError, match="their last axes must be the same"):
         chunked_cross_entropy(HIDDEN, WEIGHT[:, 1:], TARGETS)
-    with pytest.raises(ValueError, match="chunk = 0 must be at least 1"):
+    with pytest.raises(ValueError, match="chunk = 0 must be a whole number, at least 1"):
         chunked_cross_entropy(HIDDEN, WEIGHT, TARGETS, chunk=0)
 
 
