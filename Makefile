@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.functional
 
 $(VENV)/.ready: pyproject.toml Makefile
