@@ -4,7 +4,8 @@ import os
 
 from hypothesis import HealthCheck, settings, strategies as st
 
-FULL = os.environ.get("EQX_TRANSFORMERS_FULL") == "1"
+from ..full import FULL
+
 COUNT = int(os.environ.get("EQX_TRANSFORMERS_MUTATIONS", 2000 if FULL else 100))
 # Numbers at which sizes and offsets go wrong.
 EDGES = (0, 1, 7, 8, 63, 64, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)

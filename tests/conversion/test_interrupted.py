@@ -22,7 +22,7 @@ import converters
 from eqx_transformers import _swap, load
 from eqx_transformers._files import replacing
 
-from .mutation import FULL
+from ..full import FULL
 
 ROOT = Path(__file__).parents[2]
 KILLS, TRIES = (60, 10_000) if FULL else (8, 5)

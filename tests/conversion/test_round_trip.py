@@ -24,9 +24,9 @@ from converters.containers import CONTAINERS
 from converters.families import FAMILIES
 from eqx_transformers import MaskedLM
 
+from ..full import FULL
 from ..reference import reference
 from ..tiny import CONFIGS, MIXED, ROWS, Row
-from .mutation import FULL
 from .writers import HEADS_OF_TWO_BIASES, WRITERS
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

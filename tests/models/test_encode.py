@@ -1,7 +1,6 @@
 """Laws of `encode`: what it gives is what the model makes of each text alone, however the texts are put together."""
 
 import itertools
-import os
 from pathlib import Path
 
 import equinox as eqx
@@ -20,12 +19,13 @@ from converters.demo import source
 from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
 from eqx_transformers.encode import bucket_lengths, encode, plan
 
+from ..full import FULL
 from .ours import SIZES, call, make
 
 WORDS = {"<s>": 0, "<pad>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, SIZES["vocab_size"])}
 TOLERANCE = 2e-5
 SNIPPETS = Path(__file__).parents[2] / "benchmarks" / "data" / "snippets.txt"
-MANY = 2000 if os.environ.get("EQX_TRANSFORMERS_FULL") == "1" else 64
+MANY = 2000 if FULL else 64
 
 
 def tokenizer(**more):
