@@ -47,7 +47,7 @@ def of_shape(untied: bool, architecture: str, family: Family, head: Head | None)
     `head`: what a file whose keys are spelled as a bare model's has of the head that config.json names; None of any
     other file.
     """
-    notes = {True: (UNTIED,), False: ()}[untied]
+    notes = (UNTIED,) if untied else ()
     if head is None:
         return notes
     bare = family.bare.__name__

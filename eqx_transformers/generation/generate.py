@@ -72,8 +72,8 @@ def generate(
 
     `model` has `init_cache(length)` and `step(token_ids, cache, *, last, attention_mask)` for one sequence (see
     `CausalLM`). Raises a `ValueError` before anything runs where an option makes no sense, the cache is too short, the
-    tokens are more than the model has positions for, or its blocks are stacked; and after it ran where a score was NaN or
-    every token was forbidden.
+    tokens are more than the model has positions for, or its blocks are stacked; and after it ran where a score was NaN
+    or every token was forbidden.
     """
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     more = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}

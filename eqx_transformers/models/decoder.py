@@ -1,19 +1,18 @@
 """What all causal models share: the pre-norm block, the way through a stack of them, and the cache beside it."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from ..nn import Cache, Embedding, LayerCache, Mask, Rotation, Stack
 from ..nn._errors import within
 from ..nn.positions import count
 from .inputs import Attended, Ids, mask_of, whole_numbers
-
-D = TypeVar("D", bound="Decoder")
 
 
 class DecoderEmbedding(eqx.Module):
@@ -179,8 +178,7 @@ class Decoder(eqx.Module):
 
         Raises a `ValueError` for stacked blocks: a cache runs on a tuple of blocks, one cache a layer.
         """
-        blocks, dtype = blocks_of(self.stack), self.embedding.tokens.weight.dtype
-        return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks), length)
+        return empty_cache(self.stack, length, self.embedding.tokens.weight.dtype)
 
     def step(
         self,
@@ -194,15 +192,11 @@ class Decoder(eqx.Module):
         What a call of all of them at once gives, but that padding never takes a position here, whatever the model
         counts: rows of a batch may be padded on the left.
         """
-        ids: Any = whole_numbers("token_ids", token_ids)
-        if attention_mask is None and self.hidden_id is not None:
-            attention_mask = ids != self.hidden_id
-        real = real_of(attention_mask, len(ids))
-        position_ids = jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0)
+        more = coming(token_ids, attention_mask, self.hidden_id, cache)
         with within("embedding"):
-            x = self.embedding(ids, position_ids)
+            x = self.embedding(more.ids, more.places)
         with within("stack"):
-            x, cache = stepped(self.stack, x, cache, real, self._rotation(position_ids))
+            x, cache = stepped(self.stack, x, cache, more.real, self._rotation(more.places))
         with within("norm"):
             return self.norm(x), cache
 
@@ -238,6 +232,28 @@ def real_of(attention_mask: Any, seq: int) -> Bool[Array, " seq"]:
     if keys.dense is not None:
         raise ValueError("attention_mask must be 'seq' here: which tokens exist.")
     return jnp.ones(seq, bool) if keys.keys is None else keys.keys
+
+
+class Coming(NamedTuple):
+    """Tokens that come after those of a cache: which are `real`, and their `places` among the real ones, from 0."""
+
+    ids: Int[Array, " seq"]
+    real: Bool[Array, " seq"]
+    places: Int[Array, " seq"]
+
+
+def coming(token_ids: Ids, attention_mask: Any, hidden_id: int | None, cache: Cache) -> Coming:
+    """The door of every step. Without a mask, what has the id `hidden_id` is hidden."""
+    ids: Any = whole_numbers("token_ids", token_ids)
+    if attention_mask is None and hidden_id is not None:
+        attention_mask = ids != hidden_id
+    real = real_of(attention_mask, len(ids))
+    return Coming(ids, real, jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0))
+
+
+def empty_cache(stack: Stack, length: int, dtype: DTypeLike) -> Cache:
+    """One with room for `length` tokens. Raises a `ValueError` for stacked blocks."""
+    return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks_of(stack)), length)
 
 
 def blocks_of(stack: Stack) -> tuple[Any, ...]:

@@ -1,13 +1,11 @@
 """What BERT and its kin differ in, as data: one config class, and the facts of each family."""
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import jax
 from jax.nn.initializers import Initializer
 
-from ..nn._shapes import traced_once
+from ..nn._shapes import normal
 from .facts import expect_activations, expect_at_least, expect_rates, expect_words
 
 
@@ -106,19 +104,12 @@ class EncoderConfig:
     @property
     def initializer(self) -> Initializer:
         """How every matrix is drawn."""
-        return _initializer(self.init, self.init_std)
+        return normal(self.init_std, truncated=self.init == "truncated")
 
     @property
     def table_dim(self) -> int:
         """The width of the embedding tables."""
         return self.embed_dim if self.embedding_dim is None else self.embedding_dim
-
-
-@functools.cache
-def _initializer(init: str, std: float) -> Initializer:
-    # JAX's own cuts at two standard deviations of the normal, and keeps its name for them: so does Haiku's.
-    draw = jax.nn.initializers.truncated_normal if init == "truncated" else jax.nn.initializers.normal
-    return traced_once(draw(std))
 
 
 BERT = EncoderConfig(family="bert", vocab_size=30522)

@@ -15,9 +15,9 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..nn import MLP, Attention, Embedding, Stack, relu
-from ..nn._dtypes import wider
 from ..nn._errors import expect_last_axis
-from ..nn._shapes import traced_once
+from ..nn._shapes import normal, traced_once
+from ..nn.norm import along, widened
 from .decoder import Decoder, DecoderBlock, DecoderEmbedding
 from .facts import expect_at_least, expect_words
 
@@ -77,7 +77,6 @@ class FunctionalConfig:
 
 
 _uniform = traced_once(jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=-2))
-_normal = traced_once(jax.nn.initializers.normal(1.0))
 
 
 def standardize(x: Float[Array, "*axes dim"], eps: float) -> Float[Array, "*axes dim"]:
@@ -112,10 +111,9 @@ class Standardize(eqx.Module):
 
     def __call__(self, x: Float[Array, "*axes {self.dim}"]) -> Float[Array, "*axes {self.dim}"]:
         expect_last_axis(self, "dim", self.dim, x.shape)
-        y = standardize(x.astype(wider(x.dtype, self.weight.dtype, jnp.float32)), self.eps)
-        along = lambda vector: jnp.broadcast_to(vector.astype(y.dtype), y.shape)
-        y = y * along(self.weight)
-        return (y if self.bias is None else y + along(self.bias)).astype(x.dtype)
+        y = standardize(widened(x, self.weight), self.eps)
+        y = y * along(self.weight, y)
+        return (y if self.bias is None else y + along(self.bias, y)).astype(x.dtype)
 
 
 class HeadSum(eqx.Module):
@@ -168,7 +166,7 @@ class FunctionalTransformer(Decoder):
         tokens, positions, blocks = jax.random.split(key, 3)
         table = lambda rows, init, k: Embedding(rows, config.embed_dim, init=init, key=k)
         self.embedding = DecoderEmbedding(
-            table(config.vocab_size, _normal, tokens),
+            table(config.vocab_size, normal(1.0), tokens),
             table(config.max_positions, jax.nn.initializers.zeros, positions),
             token_scale=config.embed_dim**-0.5 if config.lambda_e is None else config.lambda_e,
             position_scale=config.lambda_pe,

@@ -3,7 +3,6 @@
 Source: Radford et al. 2019, "Language models are unsupervised multitask learners".
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import PRNGKeyArray
 
 from ..nn import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Stack
-from ..nn._shapes import traced_once
+from ..nn._shapes import normal
 from .decoder import Decoder, DecoderBlock, DecoderEmbedding
 from .facts import expect_activations, expect_at_least, expect_rates, expect_words
 
@@ -61,17 +60,12 @@ class GPT2Config:
     @property
     def initializer(self) -> Initializer:
         """How every matrix is drawn that does not write to the stream."""
-        return _normal(self.init_std)
-
-
-@functools.cache
-def _normal(std: float) -> Initializer:
-    return traced_once(jax.nn.initializers.normal(std))
+        return normal(self.init_std)
 
 
 def block(config: GPT2Config, *, key: PRNGKeyArray) -> DecoderBlock:
     attention, mlp = jax.random.split(key)
-    init, output = config.initializer, _normal(config.init_std / math.sqrt(2 * config.num_layers))
+    init, output = config.initializer, normal(config.init_std / math.sqrt(2 * config.num_layers))
     norm = lambda: LayerNorm(config.embed_dim, eps=config.norm_eps)
     inner = 4 * config.embed_dim if config.mlp_dim is None else config.mlp_dim
     return DecoderBlock(

@@ -5,7 +5,6 @@ Sources: Touvron et al. 2023, arXiv:2307.09288; Dubey et al. 2024, arXiv:2407.21
 arXiv:2310.06825; Yang et al. 2024, arXiv:2407.10671; Yang et al. 2025, arXiv:2505.09388.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import PRNGKeyArray
 
 from ..nn import ACTIVATIONS, Attention, Embedding, GatedMLP, RMSNorm, Rotary, Stack
-from ..nn._shapes import traced_once
+from ..nn._shapes import normal
 from .decoder import Decoder, DecoderBlock, DecoderEmbedding
 from .facts import expect_activations, expect_at_least, expect_rates, expect_words
 
@@ -99,12 +98,7 @@ class LlamaConfig:
     @property
     def initializer(self) -> Initializer:
         """How every matrix is drawn."""
-        return _normal(self.init_std)
-
-
-@functools.cache
-def _normal(std: float) -> Initializer:
-    return traced_once(jax.nn.initializers.normal(std))
+        return normal(self.init_std)
 
 
 def rotary(config: LlamaConfig) -> Rotary:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 from ..nn import ACTIVATIONS, MLP, Attention, Cache, Embedding, LayerCache, LayerNorm, Linear, Mask, Stack
 from ..nn._errors import within
 from ..nn.positions import count
-from .decoder import blocks_of, real_of, stepped
+from .decoder import coming, empty_cache, stepped
 from .encoder_config import EncoderConfig
 from .inputs import Attended, Ids, mask_of, whole_numbers
 
@@ -249,8 +249,7 @@ class Encoder(eqx.Module):
 
     def init_cache(self, length: int) -> Cache:
         """An empty cache with room for `length` tokens; see `Decoder.init_cache`."""
-        dtype = self.embedding.tokens.weight.dtype
-        return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks_of(self.stack)), length)
+        return empty_cache(self.stack, length, self.embedding.tokens.weight.dtype)
 
     def step(
         self,
@@ -262,12 +261,8 @@ class Encoder(eqx.Module):
         """Of a causal encoder, the hidden states of tokens that come after those in `cache`; see `Decoder.step`."""
         if not self.causal:
             raise ValueError("Encoder: every token sees those that follow it, so nothing can be kept in a cache.")
-        ids: Any = whole_numbers("token_ids", token_ids)
-        if attention_mask is None and self.hidden_id is not None:
-            attention_mask = ids != self.hidden_id
-        real = real_of(attention_mask, len(ids))
-        counted = jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0)
+        more = coming(token_ids, attention_mask, self.hidden_id, cache)
         with within("embedding"):
-            x = self.embedding(ids, position_ids=counted + self.embedding.first)
+            x = self.embedding(more.ids, position_ids=more.places + self.embedding.first)
         with within("stack"):
-            return stepped(self.stack, x, cache, real)
+            return stepped(self.stack, x, cache, more.real)

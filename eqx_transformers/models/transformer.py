@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..nn import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Stack
-from ..nn._shapes import traced_once
+from ..nn._shapes import normal, traced_once
 from .decoder import Decoder, DecoderBlock, DecoderEmbedding
 from .facts import expect_activations, expect_at_least, expect_rates, expect_words
 
@@ -86,10 +86,6 @@ def _scaled(scale: float) -> Initializer:
     return traced_once(draw(scale, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2))
 
 
-# A normal of this deviation that is cut at twice it, which makes the deviation 0.88 of that: as Haiku draws, and JAX.
-_table = traced_once(jax.nn.initializers.truncated_normal(0.02))
-
-
 @traced_once
 def _output(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "out_features in_features"]:
     return jax.nn.initializers.truncated_normal(shape[-1] ** -0.5)(key, shape, dtype)
@@ -133,7 +129,7 @@ class Transformer(Decoder):
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         tokens, positions, blocks = jax.random.split(key, 3)
-        table = lambda rows, k: Embedding(rows, config.embed_dim, init=_table, key=k)
+        table = lambda rows, k: Embedding(rows, config.embed_dim, init=normal(0.02, truncated=True), key=k)
         self.embedding = DecoderEmbedding(table(config.vocab_size, tokens), table(config.max_positions, positions))
         self.stack = Stack(tuple(block(config, key=jax.random.fold_in(blocks, i)) for i in range(config.num_layers)))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)

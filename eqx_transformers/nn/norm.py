@@ -9,12 +9,14 @@ from ._dtypes import wider
 from ._errors import expect_last_axis
 
 
-def _wide(x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
-    # float32 at least: bfloat16 keeps 8 bits of mantissa, too few for a mean of squares over hundreds of numbers.
+def widened(x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` as a norm is computed: beside this weight, in float32 at least."""
+    # bfloat16 keeps 8 bits of mantissa, too few for a mean of squares over hundreds of numbers.
     return x.astype(wider(x.dtype, weight.dtype, jnp.float32))
 
 
-def _along(vector: Float[Array, " dim"], x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+def along(vector: Float[Array, " dim"], x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+    """The same numbers for all of the leading axes."""
     return jnp.broadcast_to(vector.astype(x.dtype), x.shape)
 
 
@@ -40,11 +42,11 @@ class LayerNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*axes {self.dim}"]) -> Float[Array, "*axes {self.dim}"]:
         expect_last_axis(self, "dim", self.dim, x.shape)
-        wide = _wide(x, self.weight)
+        wide = widened(x, self.weight)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        y = y * _along(self.weight, y)
-        return (y if self.bias is None else y + _along(self.bias, y)).astype(x.dtype)
+        y = y * along(self.weight, y)
+        return (y if self.bias is None else y + along(self.bias, y)).astype(x.dtype)
 
 
 class RMSNorm(eqx.Module):
@@ -69,7 +71,7 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*axes {self.dim}"]) -> Float[Array, "*axes {self.dim}"]:
         expect_last_axis(self, "dim", self.dim, x.shape)
-        wide = _wide(x, self.weight)
+        wide = widened(x, self.weight)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         gain = self.weight.astype(y.dtype) + self.offset
-        return (y * _along(gain, y)).astype(x.dtype)
+        return (y * along(gain, y)).astype(x.dtype)
