@@ -9,11 +9,21 @@ import jaxtyping
 import pytest
 from beartype.claw import beartype_package
 
+from .compiling import choose_quick
+from .full import FULL
+
 beartype_package("converters")  # before anything imports it
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tiny models cost their compilation and nothing else. Real weights run with everything on: `make run`, `benchmarks/`.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_configure(config):
+    """EQX_TRANSFORMERS_FULL=1 compiles as users do; so does a run without workers, which has begun already."""
+    has_workers = bool(getattr(config.option, "numprocesses", None))
+    if has_workers and not FULL and not hasattr(config, "workerinput"):
+        choose_quick()
 
 
 @pytest.fixture

@@ -57,17 +57,7 @@ def loaded(row: Row, layout: str):
     return converters.load(reference(row).directory, stacked=layout == "stacked")
 
 
-def quick():
-    """Compiles the laws' models in half the time, where XLA knows the option; verification runs what users run."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x, compiler_options=options)(1.0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
-@functools.partial(eqx.filter_jit, compiler_options=quick())
+@eqx.filter_jit
 def value_and_gradients(model, inputs, weights):
     """One compilation serves the forward and the gradient laws of a row."""
 
