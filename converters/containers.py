@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from eqx_transformers import tensor_file
 from eqx_transformers.tensor_file import DamagedFile, Spec
@@ -53,6 +54,7 @@ CONTAINERS = (
     Container("flax", "flax_model.msgpack", ".msgpack", _flax),
 )
 SAFETENSORS = CONTAINERS[0]
+FLAX = next(one for one in CONTAINERS if one.name == "flax")
 # The names of weights, as globs: those of an earlier model beside a new one would be taken for it, or for more of it.
 WEIGHTS = tuple(
     pattern
@@ -91,7 +93,7 @@ class Weights:
 def open_weights(directory: Path) -> Weights:
     """The headers of the weights that are preferred here. Raises `Malformed-` or `UnsafeCheckpoint`."""
     container, whole = _preferred(directory)
-    weight_map = {} if whole else read_weight_map(directory / container.index, container)
+    weight_map, stated = ({}, {}) if whole else read_index(directory / container.index, container)
     files = [container.weights] if whole else sorted(set(weight_map.values()))
     specs, layout, stamps, metadata = {}, {}, {}, {}
     for name in files:
@@ -107,7 +109,7 @@ def open_weights(directory: Path) -> Weights:
         layout[name] = list(found)
     if not whole:
         _expect_agreement(directory / container.index, weight_map, layout)
-        _expect_total(directory / container.index, specs, layout)
+        _expect_total(directory / container.index, stated.get("total_size"), specs, layout)
     if not specs:
         raise MalformedCheckpoint(f"{directory}: {', '.join(files)} holds no tensors. Save the model again.")
     _expect_names(directory, specs)
@@ -170,9 +172,13 @@ def _header(path: Path, container: Container) -> tuple[dict[str, Spec], dict[str
         raise MalformedCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def read_weight_map(index: Path, container: Container) -> dict[str, str]:
-    """Which shard holds each key. Raises `MalformedCheckpoint`, or `UnsafeCheckpoint` for a shard that is elsewhere."""
-    weight_map = read_json(index).get("weight_map")
+def read_index(index: Path, container: Container) -> tuple[dict[str, str], dict[str, Any]]:
+    """(which shard holds each key, the index's metadata: empty where it is not an object).
+
+    Raises `MalformedCheckpoint`, or `UnsafeCheckpoint` for a shard that is elsewhere.
+    """
+    held = read_json(index)
+    weight_map, metadata = held.get("weight_map"), held.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedCheckpoint(
             f"{index} has no weight_map of keys to files. Fetch it again, or save the model again."
@@ -183,7 +189,7 @@ def read_weight_map(index: Path, container: Container) -> dict[str, str]:
             raise UnsafeCheckpoint(
                 f"{index} maps {key!r} to {name!r}; a shard must be the name of a {container.ending} file beside it."
             )
-    return weight_map
+    return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def _expect_agreement(index: Path, weight_map: dict[str, str], layout: dict[str, list[str]]) -> None:
@@ -201,10 +207,8 @@ def _expect_agreement(index: Path, weight_map: dict[str, str], layout: dict[str,
 AGAIN = "Index and shards are of one save only together: fetch all of them again, or save the model again."
 
 
-def _expect_total(index: Path, specs: dict[str, Spec], layout: dict[str, list[str]]) -> None:
+def _expect_total(index: Path, stated: Any, specs: dict[str, Spec], layout: dict[str, list[str]]) -> None:
     """`total_size`, where it is stated, counts every tensor, or (torch of old) memory that two share once."""
-    metadata = read_json(index).get("metadata")
-    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated is None or any(s.numpy_dtype is None for s in specs.values()):
         return
     size = lambda s: prod(s.shape) * s.numpy_dtype.itemsize

@@ -19,13 +19,14 @@ from jaxtyping import PRNGKeyArray
 from eqx_transformers import stack
 from eqx_transformers.skeletons import stacked_paths
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, spell
+from eqx_transformers.tensor_file import copied
 
 from .checkpoint import Checkpoint
 from .errors import ConversionError, Mismatch
 from .plan import Plan
 from .report import Report, expect_ok
 from .rules import Link
-from .sharded import Place, place, read_parts
+from .sharded import Place, bytes_of, place, read_parts
 
 Progress = Callable[[int, int], None]
 
@@ -116,13 +117,13 @@ class _Cast:
 
 def _read_whole(plan: Plan, checkpoint: Checkpoint, cast: _Cast, progress: Progress) -> dict[str, Any]:
     """Every array on the default device: tensors are read by several threads, and handed over a heap at a time."""
-    total, done, arrays = _size(plan, checkpoint, plan.links), 0, {}
+    total, done, arrays = bytes_of(plan, checkpoint, plan.links), 0, {}
     get = lambda key: cast(plan.names[key], checkpoint.get(plan.names[key]))
     job = lambda link: {path: _handed(x) for path, x in link.read(get).items()}
     with ThreadPoolExecutor(THREADS) as threads:
         for heap, read in _ahead(threads, job, _heaps(plan, checkpoint)):
             arrays |= jax.device_put({path: x for leaves in read for path, x in leaves.result().items()})
-            done += _size(plan, checkpoint, heap)
+            done += bytes_of(plan, checkpoint, heap)
             progress(done, total)
     return arrays
 
@@ -157,7 +158,7 @@ def _heaps(plan: Plan, checkpoint: Checkpoint) -> Iterator[list[Link]]:
     heap, size = [], 0
     for link in plan.links:
         heap.append(link)
-        size += _size(plan, checkpoint, [link])
+        size += bytes_of(plan, checkpoint, [link])
         if size >= AT_ONCE:
             yield heap
             heap, size = [], 0
@@ -165,17 +166,13 @@ def _heaps(plan: Plan, checkpoint: Checkpoint) -> Iterator[list[Link]]:
         yield heap
 
 
-def _size(plan: Plan, checkpoint: Checkpoint, links: Any) -> int:
-    return sum(checkpoint.size(plan.names[key]) for link in links for key in link.keys)
-
-
 def _handed(x: np.ndarray) -> Any:
     """The array in memory of its own, ready for the device; one that is not in C order is there already."""
     # JAX puts strides in order three times as fast as NumPy, and what was read is free again before the next.
     if not x.flags.c_contiguous:
         return jax.block_until_ready(jax.device_put(x))
-    # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive.
-    return x if x.base is None or x.nbytes + 64 >= _root(x).nbytes else np.array(x)
+    # An op may give a view (a part of a fused tensor): JAX would keep all of what it views alive. It adopts the copy.
+    return x if x.base is None or x.nbytes + 64 >= _root(x).nbytes else copied(x)
 
 
 def _root(x: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .containers import CONTAINERS, KNOWN, Container, read_weight_map
+from .containers import CONTAINERS, KNOWN, Container, read_index
 from .errors import MalformedCheckpoint, SourceNotFound
 from .files import read_json
 
@@ -129,7 +129,7 @@ class Repository:
             if (whole := self.find(container.weights)) is not None:
                 return [whole]
             if (index := self.find(container.index)) is not None:
-                names = sorted(set(read_weight_map(index, container).values()))
+                names = sorted(set(read_index(index, container)[0].values()))
                 return [index, *(self._shard(name, container) for name in names)]
         raise self._without_weights()
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .containers import SAFETENSORS, read_weight_map
+from .containers import SAFETENSORS, read_index
 from .errors import SourceNotFound
 from .hub import Absent, Repository, fetch, import_hub
 
@@ -53,7 +53,7 @@ def _heads(repository: Repository, into: Path) -> bool:
     index = repository.find(SAFETENSORS.index)
     if index is None:
         return False
-    names = sorted(set(read_weight_map(index, SAFETENSORS).values()))
+    names = sorted(set(read_index(index, SAFETENSORS)[0].values()))
     if all(repository.is_cached(name) for name in names):
         return False
     shutil.copyfile(index, into / SAFETENSORS.index)

@@ -43,18 +43,20 @@ def scan(
 ) -> Scan:
     """Reads every tensor of floating-point numbers, one at a time, and counts what is not finite.
 
+    `progress(done, total)` is called with bytes after each of them.
     Raises the errors of `inspect` for a source that is not there or damaged. Tensors of formats that NumPy does not
     have (float8) are not looked at.
     """
     directory = locate(source, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only)
     checkpoint = open_directory(directory)
     floats = [key for key, spec in checkpoint.specs.items() if spec.dtype in ("F16", "BF16", "F32", "F64")]
-    found = {}
-    for i, key in enumerate(floats, start=1):
+    total, done, found = sum(map(checkpoint.size, floats)), 0, {}
+    for key in floats:
         x = checkpoint.get(key)
         nan, infinite = int(np.isnan(x).sum()), int(np.isinf(x).sum())
         if nan or infinite:
             found[key] = nan, infinite
+        done += checkpoint.size(key)
         if progress is not None:
-            progress(i, len(floats))
+            progress(done, total)
     return Scan(found, len(floats))

@@ -1,6 +1,6 @@
 """Arrays over several devices: of every tensor, each device's process reads the part that lies there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -39,22 +39,29 @@ def place(sharding: Sharding | Place, path: str, like: Any) -> Sharding:
     return found
 
 
+def bytes_of(plan: Plan, checkpoint: Checkpoint, links: Iterable[Link]) -> int:
+    """How many bytes of the file these links read: what progress is counted in."""
+    return sum(checkpoint.size(plan.names[key]) for link in links for key in link.keys)
+
+
 def read_parts(
     plan: Plan, checkpoint: Checkpoint, cast: Cast, progress: Callable[[int, int], None], sharding: Sharding | Place
 ) -> dict[str, jax.Array]:
     """The file is mapped, operations are views of the map, and only what a device needs is copied out of it.
 
-    A tensor that Flax cut into chunks is read whole.
+    A tensor that Flax cut into chunks is read whole. Progress counts a tensor's bytes, however many of them are copied.
     """
+    total, done = bytes_of(plan, checkpoint, plan.links), 0
     leaves, arrays = leaves_by_path(plan.skeleton), {}
-    for i, link in enumerate(plan.links, start=1):
+    for link in plan.links:
         # Places first: whoever is asked for them must not find the file mapped.
         own = checkpoint.specs[plan.names[link.keys[0]]].numpy_dtype
         like = {path: jax.ShapeDtypeStruct(leaves[path].shape, cast.dtype(own)) for path in link.ours}
         places = {path: place(sharding, path, like[path]) for path in link.ours}
         for path, rows in _rows(link, lambda key: checkpoint.view(plan.names[key])).items():
             arrays[path] = _array(leaves[path].shape, places[path], rows, link, plan.names, cast)
-        progress(i, len(plan.links))
+        done += bytes_of(plan, checkpoint, [link])
+        progress(done, total)
     return arrays
 
 

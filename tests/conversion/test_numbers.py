@@ -2,13 +2,15 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import converters
-from converters import ConversionError, MalformedCheckpoint, hf
+from converters import ConversionError, MalformedCheckpoint, filling, hf
 from eqx_transformers import MaskedLM
 from eqx_transformers.surgery import leaves_by_path
 
@@ -26,7 +28,7 @@ def directory(tmp_path):
     return tmp_path / "tiny"
 
 
-def holding(*numbers, key=KEY, dtype=np.float32):
+def holding(*numbers, key=KEY, dtype: type = np.float32):
     """The tensor, in this dtype, with these numbers at its start."""
 
     def change(held):
@@ -102,6 +104,18 @@ def test_without_a_cast_nothing_is_beyond_the_range(directory):
     np.testing.assert_array_equal(np.asarray(found).reshape(-1)[:3], np.asarray([INF, NAN, 3e38], np.float32))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.bool_])
+@pytest.mark.parametrize("rows", [1, 3, 7, 33])
+def test_a_part_of_a_fused_tensor_is_handed_over_in_memory_that_jax_adopts(rows, dtype):
+    """Not in that of the whole, which would stay, and not in one that JAX would copy once more."""
+    fused = np.random.default_rng(rows).integers(-9, 9, (3 * rows, 67)).astype(dtype)
+    part = fused[rows : 2 * rows]
+    found = filling._handed(part)
+    assert (found.dtype, found.shape) == (part.dtype, part.shape) and not np.shares_memory(found, fused)
+    np.testing.assert_array_equal(found, part)
+    assert jax.device_put(found, jax.devices("cpu")[0]).unsafe_buffer_pointer() == found.ctypes.data
+
+
 SCANS = [
     ("nothing", lambda directory: None, {}),
     ("a NaN", holding(NAN), {KEY: (1, 0)}),
@@ -135,6 +149,22 @@ def test_a_scan_finds_what_is_not_finite_by_name(directory, make, found, tmp_pat
     out, err = capsys.readouterr()
     assert str(scan) in out and (tmp_path / "out").exists() == (not found)
     assert (code, "NaN or infinities" in err) == ((3, True) if found else (0, False))
+
+
+def test_a_scans_progress_counts_the_bytes_that_are_looked_at(directory):
+    """Of every dtype its own; of whole numbers none."""
+    holding(1.5, dtype=np.float16)(directory)
+    holding(2.5, key="lm_head.layer_norm.weight", dtype=ml_dtypes.bfloat16)(directory)
+    holding(3.5, key="lm_head.layer_norm.bias", dtype=np.float64)(directory)
+    tensors(lambda held: held.__setitem__("roberta.embeddings.position_ids", np.arange(31)[None]))(directory)
+    seen = []
+    scan = converters.scan(directory, progress=lambda *at: seen.append(at))
+    held = load_file(directory / "model.safetensors")
+    total = sum(x.nbytes for x in held.values() if x.dtype != np.int64)
+    assert seen[-1] == (total, total) and {of for _, of in seen} == {total}
+    steps = np.diff([0, *(done for done, _ in seen)])
+    assert sorted(steps) == sorted(x.nbytes for x in held.values() if x.dtype != np.int64)
+    assert len(seen) == scan.num_tensors == len(held) - 1
 
 
 def test_a_scan_may_come_with_a_dry_run(directory, tmp_path, capsys):

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors.numpy import load_file
 
 import converters
-from converters import ConversionError
+from converters import ConversionError, filling
 from eqx_transformers import MaskedLM, SequenceClassifier
 from eqx_transformers.surgery import leaves_by_path
 
@@ -85,6 +86,23 @@ def test_one_device_gets_all(stacked):
     assert eqx.tree_equal(
         converters.load(source, sharding=place, stacked=stacked)[0], converters.load(source, stacked=stacked)[0]
     )
+
+
+@pytest.mark.parametrize("place", [None, SingleDeviceSharding(jax.devices()[0])], ids=["whole", "in parts"])
+@pytest.mark.parametrize("head", [MaskedLM, SequenceClassifier], ids=["all of the file", "its backbone"])
+@pytest.mark.parametrize(
+    "options", [{}, {"stacked": True}, {"dtype": "bfloat16"}], ids=["plain", "stacked", "narrowed"]
+)
+def test_progress_counts_the_bytes_of_the_file_that_are_read(place, head, options, monkeypatch):
+    monkeypatch.setattr(filling, "AT_ONCE", 4096)  # else all of a tiny model is one step
+    source, seen = reference(Row("bert", MaskedLM)).directory, []
+    options = options | {"sharding": place, "head": head, "key": jax.random.key(1)}
+    converters.load(source, progress=lambda *at: seen.append(at), **options)
+    held = load_file(source / "model.safetensors")
+    total = sum(x.nbytes for key, x in held.items() if head is MaskedLM or key.startswith("bert."))
+    assert seen[-1] == (total, total) and {of for _, of in seen} == {total}
+    done = [one for one, _ in seen]
+    assert len(done) > 4 and done[0] > 0 and done == sorted(set(done))
 
 
 def test_what_is_drawn_is_placed_too():

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save, save_file
 
 import converters
-from converters import ConversionError, MalformedCheckpoint, Mismatch, hf, sharded
+from converters import ConversionError, MalformedCheckpoint, Mismatch, containers, hf, sharded
 from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, save as save_native
 from eqx_transformers.surgery import leaves_by_path
 
@@ -150,6 +150,14 @@ def test_a_total_may_count_shared_memory_once_in_each_shard(tmp_path):
     index = {"metadata": {"total_size": total}, "weight_map": {k: name for name, part in parts.items() for k in part}}
     (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert eqx.tree_equal(converters.load(source)[0], converters.load(reference(row).directory)[0])
+
+
+def test_an_index_is_read_once(tmp_path, monkeypatch):
+    """Of two readings, the second could be of another index: what was checked is what is used."""
+    torch_model, seen, read = reference(MASKED).model, [], containers.read_json
+    torch_model.save_pretrained(tmp_path, max_shard_size="20KB")
+    monkeypatch.setattr(containers, "read_json", lambda path: seen.append(path.name) or read(path))
+    assert converters.inspect(tmp_path).ok and seen == ["model.safetensors.index.json"]
 
 
 @pytest.mark.parametrize("name", ["x\x1b[2Jy", "two\nlines", "x" * 1001])
