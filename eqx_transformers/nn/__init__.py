@@ -13,6 +13,7 @@ The axis names in the shapes of this package, always with the same meaning:
 | `mlp_dim` | inner width of the feed-forward network |
 | `vocab_size` | rows of an embedding; `vocab` in logits |
 | `length` | slots of a cache |
+| `memory` | tokens that a decoder looks at: `keys` of its cross-attention |
 | `pairs` | pairs of numbers of a head that rotary positions turn |
 | `labels` | classes of a classifier |
 | `in_features`, `out_features`, `dim` | widths of one layer |
@@ -28,11 +29,11 @@ from .activations import (
     tanh as tanh,
 )
 from .attention import Attention as Attention
-from .cache import Cache as Cache, LayerCache as LayerCache
+from .cache import Cache as Cache, LayerCache as LayerCache, MemoryCache as MemoryCache
 from .embedding import Embedding as Embedding
 from .linear import Linear as Linear
 from .mask import Mask as Mask
 from .mlp import MLP as MLP, GatedMLP as GatedMLP
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
-from .positions import Rotary as Rotary, Rotation as Rotation, rotate as rotate
+from .positions import RelativeBias as RelativeBias, Rotary as Rotary, Rotation as Rotation, rotate as rotate
 from .stack import Stack as Stack, stack as stack, unstack as unstack

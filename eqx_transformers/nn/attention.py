@@ -8,18 +8,19 @@ import equinox as eqx
 import jax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from . import kernels
 from ._errors import within
-from .cache import LayerCache
+from .cache import LayerCache, MemoryCache
 from .linear import Linear, fan_in
 from .mask import Mask
 from .positions import Rotation, rotate
 
 
 class Attention(eqx.Module):
-    r"""$\mathrm{concat}_h(\mathrm{softmax}(q_h k_h^\top \cdot s + \mathrm{bias}) v_h) W_o^\top$ within a sequence.
+    r"""$\mathrm{concat}_h(\mathrm{softmax}(q_h k_h^\top \cdot s + \mathrm{bias}) v_h) W_o^\top$ within a sequence,
+    or of a sequence that looks at another one, its `memory`.
 
     `attend` is a field: `tree_at` replaces the way it is computed (`kernels.attend`) by another, such as
     `kernels.plain`. `num_heads` query heads share `num_kv_heads` key and value heads. The scale $s$ is
@@ -57,6 +58,7 @@ class Attention(eqx.Module):
         dropout: float = 0.0,
         use_bias: bool = True,
         norm: Callable[[int], eqx.Module] | None = None,
+        query_init: Initializer | None = None,
         output_bias: bool | None = None,
         output_init: Initializer | None = None,
         output_proj: eqx.Module | None = None,
@@ -66,8 +68,8 @@ class Attention(eqx.Module):
     ):
         """`norm` makes `query_norm` and `key_norm` of a head's width; `value_dim` is `head_dim` unless given.
 
-        `output_bias` and `output_init` are `use_bias` and `init` unless given. `output_proj` is taken as it is, if
-        given: a module that maps all heads' results, side by side, to the stream.
+        `query_init`, `output_bias` and `output_init` are `init`, `use_bias` and `init` unless given. `output_proj` is
+        taken as it is, if given: a module that maps all heads' results, side by side, to the stream.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if head_dim is None and embed_dim % num_heads:
@@ -77,10 +79,10 @@ class Attention(eqx.Module):
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
         query, key_, value, output = jax.random.split(key, 4)
-        dense = lambda outer, k: Linear(embed_dim, outer, use_bias=use_bias, init=init, key=k)
-        self.query_proj = dense(num_heads * head_dim, query)
-        self.key_proj = dense(num_kv_heads * head_dim, key_)
-        self.value_proj = dense(num_kv_heads * value_dim, value)
+        dense = lambda outer, init, k: Linear(embed_dim, outer, use_bias=use_bias, init=init, key=k)
+        self.query_proj = dense(num_heads * head_dim, init if query_init is None else query_init, query)
+        self.key_proj = dense(num_kv_heads * head_dim, init, key_)
+        self.value_proj = dense(num_kv_heads * value_dim, init, value)
         self.query_norm = None if norm is None else norm(head_dim)
         self.key_norm = None if norm is None else norm(head_dim)
         self.attend = kernels.attend
@@ -101,11 +103,14 @@ class Attention(eqx.Module):
         x: Float[Array, "*axes seq embed_dim"],
         mask: Mask | None = None,
         *,
+        memory: Float[Array, "*axes keys embed_dim"] | None = None,
         rotation: Rotation | None = None,
-        bias: Float[Array, "num_heads seq seq"] | None = None,
+        bias: Float[Array, "num_heads seq keys"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*axes seq embed_dim"]:
-        q, k, v = self._projected(x, rotation)
+        """Keys and values are those of `memory`, where one is given."""
+        q = self._query(x, rotation)
+        k, v = self._key_value(x if memory is None else memory, rotation)
         return self._mixed(q, k, v, Mask() if mask is None else mask, bias, key)
 
     def init_cache(self, length: int, dtype: DTypeLike) -> LayerCache:
@@ -129,18 +134,31 @@ class Attention(eqx.Module):
 
         `mask` is over all of the cache's slots.
         """
-        q, k, v = self._projected(x, rotation)
-        cache = cache.extended(k, v, index)
-        keys, values = (held.swapaxes(0, 1) for held in (cache.keys, cache.values))
-        return self._mixed(q, keys, values, mask, bias, None), cache
+        q = self._query(x, rotation)
+        cache = cache.extended(*self._key_value(x, rotation), index)
+        return self._looked(q, cache, mask, bias), cache
 
-    def _projected(
-        self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None
-    ) -> tuple[Array, Array, Array]:
+    def remember(self, memory: Float[Array, "keys embed_dim"], real: Bool[Array, " keys"]) -> MemoryCache:
+        """What `recall` needs of a memory whose `real` tokens exist: computed once for all that will look at it."""
+        k, v = self._key_value(memory, None)
+        return MemoryCache(k.swapaxes(0, 1), v.swapaxes(0, 1), real)
+
+    def recall(self, x: Float[Array, "seq embed_dim"], cache: MemoryCache) -> Float[Array, "seq embed_dim"]:
+        """The same as a call with the `memory` that is in `cache`."""
+        return self._looked(self._query(x, None), cache, Mask(keys=cache.real), None)
+
+    def _looked(self, q: Array, cache: LayerCache | MemoryCache, mask: Mask, bias: Array | None) -> Array:
+        keys, values = (held.swapaxes(0, 1) for held in (cache.keys, cache.values))
+        return self._mixed(q, keys, values, mask, bias, None)
+
+    def _query(self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None) -> Array:
         q = self._heads("query", x, self.num_heads)
+        return q if rotation is None else rotate(q, rotation)
+
+    def _key_value(self, x: Float[Array, "*axes keys embed_dim"], rotation: Rotation | None) -> tuple[Array, Array]:
         k = self._heads("key", x, self.num_kv_heads)
         v = self._heads("value", x, self.num_kv_heads)
-        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+        return (k if rotation is None else rotate(k, rotation)), v
 
     def _heads(
         self, name: str, x: Float[Array, "*axes seq embed_dim"], heads: int

@@ -36,6 +36,17 @@ class LayerCache(eqx.Module):
         return eqx.tree_at(lambda c: (c.keys, c.values), self, (put(self.keys, k), put(self.values, v)))
 
 
+class MemoryCache(eqx.Module):
+    """The keys and values of a memory that every step looks at, and which of its tokens are `real`.
+
+    It never changes, so that all continuations of one prompt share it. The heads come first, as in a `LayerCache`.
+    """
+
+    keys: Float[Array, "num_kv_heads memory head_dim"]
+    values: Float[Array, "num_kv_heads memory value_dim"]
+    real: Bool[Array, " memory"]
+
+
 class Cache(eqx.Module):
     """The state of decoding one sequence: a cache for every layer, and what its slots hold.
 

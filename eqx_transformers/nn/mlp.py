@@ -12,10 +12,11 @@ from .linear import Linear, fan_in
 
 
 class MLP(eqx.Module):
-    """`down_proj(activation(up_proj(x)))` over the last axis, for any leading axes."""
+    """`down_proj(dropout(activation(up_proj(x))))` over the last axis, for any leading axes."""
 
     up_proj: eqx.Module
     activation: Callable
+    dropout: eqx.nn.Dropout
     down_proj: eqx.Module
 
     def __init__(
@@ -24,6 +25,7 @@ class MLP(eqx.Module):
         mlp_dim: int,
         activation: Callable,
         *,
+        dropout: float = 0.0,
         use_bias: bool = True,
         init: Initializer = fan_in,
         output_init: Initializer | None = None,
@@ -33,19 +35,22 @@ class MLP(eqx.Module):
         up, down = jax.random.split(key)
         self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
         self.activation = activation
+        self.dropout = eqx.nn.Dropout(dropout)
         init = init if output_init is None else output_init
         self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
 
-    def __call__(self, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+    def __call__(
+        self, x: Float[Array, "*axes embed_dim"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*axes embed_dim"]:
         with within("up_proj"):
             x = self.up_proj(x)
-        x = self.activation(x)
+        x = self.dropout(self.activation(x), key=key, inference=True if key is None else None)
         with within("down_proj"):
             return self.down_proj(x)
 
 
 class GatedMLP(eqx.Module):
-    """`down_proj(activation(gate_proj(x)) * up_proj(x))` over the last axis, for any leading axes.
+    """`down_proj(dropout(activation(gate_proj(x)) * up_proj(x)))` over the last axis, for any leading axes.
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """
@@ -53,6 +58,7 @@ class GatedMLP(eqx.Module):
     gate_proj: eqx.Module
     up_proj: eqx.Module
     activation: Callable
+    dropout: eqx.nn.Dropout
     down_proj: eqx.Module
 
     def __init__(
@@ -61,20 +67,28 @@ class GatedMLP(eqx.Module):
         mlp_dim: int,
         activation: Callable,
         *,
+        dropout: float = 0.0,
         use_bias: bool = True,
         init: Initializer = fan_in,
+        output_init: Initializer | None = None,
         key: PRNGKeyArray,
     ):
+        """`output_init` draws the matrix of `down_proj`: `init` unless given."""
         gate, up, down = jax.random.split(key, 3)
         self.gate_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=gate)
         self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
         self.activation = activation
+        self.dropout = eqx.nn.Dropout(dropout)
+        init = init if output_init is None else output_init
         self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
 
-    def __call__(self, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+    def __call__(
+        self, x: Float[Array, "*axes embed_dim"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*axes embed_dim"]:
         with within("gate_proj"):
             gate = self.activation(self.gate_proj(x))
         with within("up_proj"):
             x = gate * self.up_proj(x)
+        x = self.dropout(x, key=key, inference=True if key is None else None)
         with within("down_proj"):
             return self.down_proj(x)

@@ -1,5 +1,6 @@
-"""Where a token stands: counted ids for tables, and rotations of queries and keys."""
+"""Where a token stands: counted ids for tables, rotations of queries and keys, and biases by distance."""
 
+import functools
 import math
 from typing import Literal, NamedTuple, get_args
 
@@ -7,7 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._dtypes import wider
 
@@ -100,3 +102,76 @@ def rotate(x: Float[Array, "*axes seq heads head_dim"], rotation: Rotation) -> F
     along = lambda part: jnp.broadcast_to(part, first.shape)
     turned = first * along(cos) - second * along(sin), second * along(cos) + first * along(sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@functools.cache
+def distance_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> Int[np.ndarray, " distances"]:
+    """The bucket of every distance (position of the key - that of the query) from -`max_distance` to `max_distance`.
+
+    A half of the buckets are for keys that follow, if `bidirectional`; if not, these share bucket 0 with the query
+    itself. Of the rest, a half is for one distance each, and the other half for ranges that grow as the logarithm does,
+    up to `max_distance`; what is further away is in the last one.
+    """
+    # A table of logarithms in float64, rounded: one in float32 is not the same everywhere, and decides where a bucket
+    # ends.
+    distance = np.arange(-max_distance, max_distance + 1)
+    side = num_buckets // 2 if bidirectional else num_buckets
+    away = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
+    exact = side // 2
+    ratio = np.maximum(away, 1).astype(np.float32) / np.float32(exact)
+    logarithm = np.log(ratio.astype(np.float64)).astype(np.float32)
+    grown = logarithm / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
+    found = np.where(away < exact, away, np.minimum(exact + grown.astype(np.int64), side - 1))
+    return found + np.where(bidirectional & (distance > 0), side, 0)
+
+
+class RelativeBias(eqx.Module):
+    r"""$\mathrm{bias}_{h,i,j} = \mathrm{weight}[\mathrm{bucket}(j - i), h]$: a number for every head and distance.
+
+    It is added to the scores of attention. See `distance_buckets` for which distances share one.
+    Source: Raffel et al. 2020, arXiv:1910.10683.
+    """
+
+    weight: Float[Array, "num_buckets num_heads"]
+    bidirectional: bool = eqx.field(static=True)
+    max_distance: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool,
+        init: Initializer = jax.nn.initializers.normal(1.0),  # noqa: B008
+        key: PRNGKeyArray,
+    ):
+        exact = num_buckets // (4 if bidirectional else 2)
+        if exact < 1 or max_distance <= exact:
+            raise ValueError(
+                f"RelativeBias: num_buckets = {num_buckets} and max_distance = {max_distance}: there must be at least"
+                f" {4 if bidirectional else 2} buckets, and distances beyond the {exact} that have one each."
+            )
+        self.weight = init(key, (num_buckets, num_heads), jnp.float32)
+        self.bidirectional = bidirectional
+        self.max_distance = max_distance
+
+    @property
+    def num_buckets(self) -> int:
+        return self.weight.shape[-2]
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight.shape[-1]
+
+    def __call__(self, seq: int, keys: int, offset: Int[Array, ""] | int = 0) -> Float[Array, "num_heads {seq} {keys}"]:
+        """Of `seq` queries, the first at position `offset`, and keys from position 0 on."""
+        # All queries see the same numbers, shifted: those of the distances that occur, and every row one step further.
+        length = seq + keys
+        place = jnp.arange(length)
+        distance = jnp.where(place < keys, place, place - length) - offset
+        buckets = jnp.asarray(distance_buckets(self.num_buckets, self.max_distance, self.bidirectional))
+        near = jnp.clip(distance, -self.max_distance, self.max_distance)
+        values = self.weight.T[:, buckets[near + self.max_distance]]
+        rows = jnp.broadcast_to(values[:, None, :], (self.num_heads, seq, length)).reshape(self.num_heads, -1)
+        return rows[:, : seq * (length - 1)].reshape(self.num_heads, seq, length - 1)[:, :, :keys]
