@@ -14,11 +14,11 @@ from eqx_transformers import serialisation, tensor_file
 from eqx_transformers._files import replacing
 from eqx_transformers.skeletons import differences
 
-from . import config as configs, hub, sentence
-from .containers import SAFETENSORS, WEIGHTS
+from . import config as configs, flax_names, hub, msgpack_writer, sentence
+from .containers import FLAX, SAFETENSORS, WEIGHTS
 from .convert import Source
 from .errors import ConversionError
-from .families import FAMILIES
+from .families import FAMILIES, ORIGINALS
 from .family import Family
 from .origin import Origin
 from .reference_names import tensors
@@ -34,13 +34,17 @@ def export(
     origin: Origin | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    container: str | None = None,
 ) -> None:
     """Writes a Hugging Face directory that transformers 5 loads with nothing missing or unexpected.
 
     The tensors are the model's own, bit for bit, under today's names; with an `origin`, config.json keeps the fields
     that the file had, and tokenizer files are copied from beside it when they are still there. A model that was made
-    from scratch needs no origin. Raises a `ConversionError` that names every place in which the model is not what its
-    config builds (changed sizes, adapters that are not merged): such a file would load as something else.
+    from scratch needs no origin. `container` is how the tensors are held: as safetensors, or of a `T5VAE`, unless they
+    are asked for, as its own program wrote them, in flax_model.msgpack.
+
+    Raises a `ConversionError` that names every place in which the model is not what its config builds (changed sizes,
+    adapters that are not merged): such a file would load as something else.
 
     A bare encoder without a pooler is loaded there with `add_pooling_layer=False`; no file can say so itself.
     """
@@ -49,9 +53,12 @@ def export(
             "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
         )
     specs, get = tensors(model)
-    shards = _shards(specs, _bytes(max_shard_size))
+    flax = _is_flax(model, container)
+    shards = {} if flax else _shards(specs, _bytes(max_shard_size))
     with replacing(directory, stale=EARLIER, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
         _dump(fresh / "config.json", _config_json(model, origin, specs))
+        if flax:
+            _write_flax(fresh / FLAX.weights, FAMILIES_AND_ORIGINALS[model.config.family], specs, get)
         for name, keys in shards.items():
             tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})
         if len(shards) > 1:
@@ -61,14 +68,39 @@ def export(
         _companions(model, origin, fresh)
 
 
+FAMILIES_AND_ORIGINALS = FAMILIES | ORIGINALS
+
+
+def _is_flax(model: Any, container: str | None) -> bool:
+    """Whether the tensors are to be held as Flax holds them, which the reference library does not read any more."""
+    wrote_flax = model.config.family in ORIGINALS
+    if container not in (None, "safetensors", "flax"):
+        raise ConversionError(f"container = {container!r} is not one of safetensors, flax.")
+    if container == "flax" and not wrote_flax:
+        raise ConversionError(
+            f"container='flax' is for {', '.join(ORIGINALS)}: transformers 5 reads no Flax file of a"
+            f" {model.config.family}. Leave it out to have safetensors."
+        )
+    return wrote_flax and container != "safetensors"
+
+
+def _write_flax(path: Path, family: Family, specs: Mapping[str, jax.ShapeDtypeStruct], get: Any) -> None:
+    names = flax_names.Flax.of((), family)
+    keys = {names.old(key): key for key in specs}
+    is_turned = lambda name: name.endswith("/kernel")
+    turned = lambda x: jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
+    shapes = {name: turned(specs[key]) if is_turned(name) else specs[key] for name, key in keys.items()}
+    msgpack_writer.write(path, shapes, lambda name: get(keys[name]).T if is_turned(name) else get(keys[name]))
+
+
 def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    family = FAMILIES[model.config.family]
+    family = FAMILIES_AND_ORIGINALS[model.config.family]
     original = origin.config if origin is not None and origin.family == family.model_type else None
     today = None if original is None else configs.modern(original, family.older)
     fields = configs.write(model.config, family.facts, today)
     fields |= {"architectures": [family.architecture(type(model))], "model_type": family.model_type}
     dtypes = {str(s.dtype) for s in specs.values()}
-    if len(dtypes) == 1:
+    if len(dtypes) == 1 and family.model_type in FAMILIES:
         fields["dtype"] = dtypes.pop()
     fields = fields if original is None else configs.respelled(fields, original, family.older)
     if "id2label" in fields:
@@ -78,7 +110,7 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
 
 
 # Facts that config.json need not state: the tensors or sentence-transformers' files do; what is drawn is drawn.
-ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize", "init")
+ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize", "init", "tied")
 
 
 def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the engine knows of a family of checkpoints: data and one table, from `converters/families/`."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ class Family:
     - `carries`: further classes of ours whose heads a file of an architecture holds, or a part of them: what is there
       is read, the rest drawn.
     - `prefix`: what stands before the backbone's keys in a file with a head (`bert.`); a bare one's has nothing.
+    - `unprefixed`: our classes whose files have none although there is more than a backbone in them.
     - `roots`: the first steps of a bare backbone's keys.
     - `facts`, `fixed`, `irrelevant`: see `config.read`; `older`: see `config.modern`.
     - `table(config, model_class)`: rules, ties, ignored keys; keys as in a file with a head, in today's spelling.
@@ -34,8 +35,10 @@ class Family:
     To run the reference beside it:
 
     - `probes(model_class)`: our modules and theirs that compute the same, in order of execution; `{i}` is a layer.
-    - `inputs(config, ids, mask, rng)`: what both are called with beside ids and mask.
-    - `options(model)`: what the reference must be told of a model that config.json does not say.
+    - `inputs(model, ids, mask, rng)`: what both are called with beside ids and mask, or in their place; `called`: what
+      the reference calls those of our inputs that it has other words for.
+    - `options(model)`: what the reference must be told of a model that config.json does not say; `settle(reference,
+      model)`: what must be changed in it once it is there.
     - `reads`: which token's state stands for a sequence.
 
     Of a dictionary of arrays, or where files differ in more than a prefix:
@@ -63,9 +66,12 @@ class Family:
     older: tuple[Older, ...] = OLDER
     flax: Mapping[str, str] | None = None
     inputs: Callable[[Any, np.ndarray, np.ndarray, np.random.Generator], dict[str, np.ndarray]] = (
-        lambda config, ids, mask, rng: {}
+        lambda model, ids, mask, rng: {}
     )
+    called: Mapping[str, str] = field(default_factory=dict)
     options: Callable[[Any], dict[str, Any]] = lambda model: {}
+    settle: Callable[[Any, Any], None] = lambda reference, model: None
+    unprefixed: tuple[type, ...] = ()
     reads: Literal["first", "last"] = "first"
 
     def architecture(self, model_class: type) -> str:
@@ -80,6 +86,15 @@ class Family:
     def is_bare(self, model_class: type) -> bool:
         """Whether the reference's class is the backbone alone, whose keys have no prefix."""
         return self.bare is self.like.get(model_class, model_class)
+
+    def is_prefixed(self, model_class: type) -> bool:
+        """Whether `prefix` stands before the backbone's keys in the reference's files of this class."""
+        return not self.is_bare(model_class) and model_class not in self.unprefixed
+
+    def in_head(self, model_class: type, path: str) -> bool:
+        """Whether an array of this class is one that the backbone alone does not have."""
+        first = path.partition(".")[0]
+        return not self.is_bare(model_class) and first not in ("backbone", *(f.name for f in fields(self.bare)))
 
     @property
     def bare(self) -> type:

@@ -55,7 +55,7 @@ def make_plan(
     family = family_of(checkpoint.config) if family is None else family
     fields_ = configs.modern(checkpoint.config, family.older)
     spelling = spelling_of(checkpoint, family)
-    names = spelling.names(checkpoint.specs)
+    names = _in_the_files_order(spelling.names(checkpoint.specs), checkpoint.specs)
     _expect_all_named(names, checkpoint.specs)
     dressed = dressed_as(checkpoint.directory, family, request.head)
     architecture = architecture_of(fields_, family, names, checkpoint)
@@ -98,6 +98,11 @@ def make_plan(
     return plan
 
 
+def _in_the_files_order(names: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
+    place = {key: i for i, key in enumerate(keys)}
+    return dict(sorted(names.items(), key=lambda item: place[item[1]]))
+
+
 def _expect_all_named(names: Mapping[str, str], keys: Collection[str]) -> None:
     if lost := sorted(set(keys) - set(names.values())):
         raise MalformedCheckpoint(
@@ -117,9 +122,10 @@ def _built(model_class: type, config: Any, request: Request, num_tensors: int) -
 
     Raises a `ConversionError` where blocks are to be stacked that differ.
     """
-    if config.num_layers > num_tensors:
+    layers = max(config.num_layers, getattr(config, "decoder_layers", 0))
+    if layers > num_tensors:
         raise UnsupportedConfig(
-            f"The config asks for {config.num_layers} layers, but all of the checkpoint is {num_tensors} tensors."
+            f"The config asks for {layers} layers, but all of the checkpoint is {num_tensors} tensors."
         )
     try:
         built = skeleton(model_class, config)
@@ -143,7 +149,7 @@ def _head_of(
     names: Collection[str],
 ) -> Head | None:
     """What a file whose keys are spelled as a bare model's has of its model's head; None of any other file."""
-    if not bare or not family.prefix or family.is_bare(model_class) or request.head is not None:
+    if not bare or not family.is_prefixed(model_class) or not family.prefix or request.head is not None:
         return None
     keys = [key for link in links if not link.ours[0].startswith("backbone.") for key in link.keys]
     if not keys:
@@ -190,7 +196,7 @@ def _new(
 
     def is_new(link: Link, path: str) -> bool:
         absent = any(key not in names for key in link.keys)
-        in_head = not family.is_bare(model_class) and not path.startswith("backbone.")
+        in_head = family.in_head(model_class, path)
         if borrowed and ((in_head and (absent or not related)) or (absent and ".pooler." in path)):
             return True
         if resized and path.startswith(OUTPUT):

@@ -1,5 +1,6 @@
 """What every part of a model gives on the way, for those that compare: which inputs, which parts, and the run."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def random_inputs(model: Any, seed: int = SEED) -> Inputs:
     if config.padding_id is not None:
         ids[ids == config.padding_id] = (config.padding_id + 1) % config.vocab_size
         ids[mask == 0] = config.padding_id
-    given = {"ids": ids, "attention_mask": mask, **family.inputs(config, ids, mask, rng)}
+    given = {"ids": ids, "attention_mask": mask, **family.inputs(model, ids, mask, rng)}
     return {name: x.reshape(2, -1, length) if type(model) is MultipleChoice else x for name, x in given.items()}
 
 
@@ -70,11 +71,14 @@ def cotangent(model: Any, inputs: Inputs) -> np.ndarray:
 def probes(model: Any) -> dict[str, str]:
     """Our path -> the reference's module name, for every probe that the model has, in order of execution."""
     listed = FAMILIES[model.config.family].probes(type(model))
-    depth = next(iter(stacks(model).values())).num_layers
-    repeated = [p for p in listed if "{i}" in p[0]]
-    before, after = listed[: listed.index(repeated[0])], listed[listed.index(repeated[-1]) + 1 :]
-    layers = [(ours.format(i=i), theirs.format(i=i)) for i in range(depth) for ours, theirs in repeated]
-    return {ours: theirs for ours, theirs in [*before, *layers, *after] if at(model, ours) is not None}
+    stack_of = lambda probe: probe[0].partition(".blocks.{i}")[0] if "{i}" in probe[0] else None
+    depths = {path: stack.num_layers for path, stack in stacks(model).items()}
+    found: dict[str, str] = {}
+    for stack, group in itertools.groupby(listed, stack_of):
+        probed = list(group)
+        for i in range(1 if stack is None else depths[stack]):
+            found |= {ours.format(i=i): theirs.format(i=i) for ours, theirs in probed}
+    return {ours: theirs for ours, theirs in found.items() if at(model, ours) is not None}
 
 
 def at(tree: Any, path: str) -> Any:

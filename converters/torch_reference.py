@@ -79,8 +79,7 @@ def load(model: Any, origin: Origin) -> Any:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    if FAMILIES[model.config.family].reads == "last" and reference.config.pad_token_id is None:
-        reference.config.pad_token_id = -1  # no token's: without one a classifier refuses batches, and reads the last
+    FAMILIES[model.config.family].settle(reference, model)
     specs, get = reference_names.tensors(model)
     state = reference.state_dict()
     # What the file has under the name of one of ours, but for another head, was dropped: ours was drawn.
@@ -194,7 +193,8 @@ def _called(reference: Any, model: Any, inputs: dict[str, np.ndarray]) -> list[A
     """The outputs that our model's output stands for, in order."""
     import torch
 
-    given = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    called = FAMILIES[model.config.family].called
+    given = {called.get(name, name): torch.from_numpy(x) for name, x in inputs.items()}
     result = reference(given.pop("ids"), **given)
     if "start_logits" in result:
         return [torch.stack([result.start_logits, result.end_logits], dim=-1)]

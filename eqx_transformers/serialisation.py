@@ -19,15 +19,20 @@ import numpy as np
 
 from . import tensor_file
 from ._files import replacing
-from .models.backbones import BACKBONES
+from .models.backbones import BACKBONES, ENCODERS
 from .models.heads import HEADS
+from .models.t5 import T5
+from .models.t5_config import T5Config
+from .models.t5_vae import T5VAE
+from .models.t5_vae_config import T5VAEConfig
 from .skeletons import differences, skeleton, stacked_paths
 from .surgery.paths import is_array_like, leaves_by_path, spell
 
 FORMAT, VERSION = "eqx_transformers", 1
-MODELS: dict[str, type] = {one.__name__: one for one in BACKBONES.values()} | HEADS
+MODELS: dict[str, type] = {one.__name__: one for one in (*BACKBONES.values(), *ENCODERS.values(), T5, T5VAE)} | HEADS
 OWN = ("config.json", "model.safetensors", "extras.json", "origin.json")
-CONFIGS = {one.__name__: one for one in BACKBONES}
+CONFIGS = {one.__name__: one for one in (*BACKBONES, T5VAEConfig)}
+INNER = {"t5": T5Config}  # facts that are facts themselves
 
 
 class FormatError(ValueError):
@@ -115,6 +120,7 @@ def _plain(described: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
     if strange := sorted(facts.keys() - known):
         raise FormatError(f"config.json states {', '.join(strange)}, which {config_class.__name__} does not have.")
+    facts = {name: INNER[name](**value) if isinstance(value, dict) else value for name, value in facts.items()}
     return skeleton(MODELS[described["class"]], config_class(**facts), tuple(described["stacked"]))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import transformers
 
-from eqx_transformers import MultipleChoice, SentenceEmbedder
+from converters.families import FAMILIES
+from eqx_transformers import T5, MultipleChoice, SentenceEmbedder, T5Model
 
 from .tiny import Row
 
@@ -66,7 +67,8 @@ def save(model: Any, row: Row, directory: Path, **options: Any) -> Path:
 def inputs(row: Row, seed: int = 0, length: int = 13) -> dict[str, np.ndarray]:
     """Four rows: whole, padded right, padded left, one token; padding where the mask is 0.
 
-    For multiple choice, the same rows are the choices of two examples.
+    For multiple choice, the same rows are the choices of two examples. Where there is a decoder, every row ends once,
+    and what the decoder reads is shorter.
     """
     rng, sizes = np.random.default_rng(seed), row.config
     pad = sizes["pad_token_id"] or 0
@@ -75,6 +77,10 @@ def inputs(row: Row, seed: int = 0, length: int = 13) -> dict[str, np.ndarray]:
     mask[1, 8:], mask[2, :5], mask[3, 1:] = 0, 0, 0
     ids[mask == 0] = pad
     given = {"ids": ids, "attention_mask": mask}
+    if "decoder_start_token_id" in sizes:
+        ids[np.arange(4), [length - 1, 7, length - 1, 0]] = sizes["eos_token_id"]
+    if row.head in (T5, T5Model):
+        given["decoder_token_ids"] = rng.integers(3, sizes["vocab_size"], (4, length - 4))
     if "type_vocab_size" in sizes:
         given["token_type_ids"] = rng.integers(0, sizes["type_vocab_size"], ids.shape)
     return {name: x.reshape(2, 2, length) for name, x in given.items()} if row.head is MultipleChoice else given
@@ -91,7 +97,8 @@ def run(model: Any, row: Row, given: dict[str, np.ndarray]) -> Any:
 
     A decoder is told the positions, which it does not count itself as ours do: padding takes none.
     """
-    tensors = {name: torch.from_numpy(x) for name, x in given.items()}
+    called = FAMILIES[row.family].called
+    tensors = {called.get(name, name): torch.from_numpy(x) for name, x in given.items()}
     if row.on_decoder:
         tensors["position_ids"] = (tensors["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     result = model(tensors.pop("ids"), **tensors)

@@ -10,6 +10,7 @@ from typing import Any
 from converters.families import FAMILIES
 from eqx_transformers import (
     GPT2,
+    T5,
     CausalLM,
     Encoder,
     Llama,
@@ -18,6 +19,8 @@ from eqx_transformers import (
     SequenceClassifier,
     TokenClassifier,
 )
+
+from .full import FULL
 
 # In the reference's words, for its own config classes. 31 positions: RoBERTa's first two are not for tokens.
 SIZES: dict[str, Any] = {
@@ -48,6 +51,22 @@ DECODER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+# Halves of unlike depth; so few buckets and so near an end that 13 tokens reach beyond it on both sides.
+TWO_HALVES: dict[str, Any] = {
+    "vocab_size": 61,
+    "d_model": 21,
+    "d_kv": 5,
+    "d_ff": 37,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 7,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
 }
 
 TINY: dict[str, dict[str, Any]] = {
@@ -81,6 +100,9 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": DECODER | {"sliding_window": 5},
     "qwen2": DECODER,
     "qwen3": DECODER,
+    "t5": TWO_HALVES,
+    "mt5": TWO_HALVES,
+    "umt5": TWO_HALVES,
 }
 LAYERS = 2
 
@@ -112,7 +134,7 @@ class Row:
     def prefix(self) -> str:
         """What stands before the backbone's keys in this file."""
         family = FAMILIES[self.family]
-        return "" if family.is_bare(self.head) else family.prefix
+        return family.prefix if family.is_prefixed(self.head) else ""
 
     @property
     def id(self) -> str:
@@ -140,8 +162,14 @@ LONGER = Row("llama", CausalLM, {"rope_parameters": LLAMA3})
 BIASED = Row("llama", Llama, {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True})
 WINDOWED = Row("qwen3", SequenceClassifier, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0})
 
+GATED = Row("t5", T5, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
 ROWS = [
-    *(Row(name, head) for name, family in FAMILIES.items() for head in family.models.values()),
+    *(
+        Row(name, head)
+        for name, family in FAMILIES.items()
+        for head in family.models.values()
+        if FULL or name not in ("mt5", "umt5") or head is T5  # all of whose classes are T5's
+    ),
     Row("bert", MaskedLM, {"tie_word_embeddings": False}),
     Row("bert", PreTraining, {"tie_word_embeddings": False}),
     Row("roberta", MaskedLM, {"tie_word_embeddings": False}),
@@ -160,15 +188,19 @@ ROWS = [
     MIXED,
     WINDOWED,
     Row("qwen3", CausalLM, {"attention_bias": True, "num_key_value_heads": 4}),
+    GATED,
 ]
 # A head knows nothing of how its encoder's blocks are laid out: one without a head and one with stand for the family.
 BOTH = [row for row in ROWS if row.head in (Encoder, MaskedLM) and not row.options]
-# Families whose table and heads are Llama's: laws that know nothing else run on what else differs.
-ALIKE = ("mistral", "qwen2", "qwen3")
-# Of one family, a decoder's files under any head have one config.
-CONFIGS = [row for row in ROWS if not row.on_decoder or row.options or row.head is CausalLM]
+# Families whose table and heads are Llama's, or T5's: laws that know nothing else run on what else differs.
+ALIKE = ("mistral", "qwen2", "qwen3", "mt5", "umt5")
+# Of one family, files of a decoder or a T5 have one config under any head.
+ONE_CONFIG = ("t5", *ALIKE)
+CONFIGS = [
+    row for row in ROWS if row.options or row.head in (CausalLM, T5) or not (row.on_decoder or row.family in ONE_CONFIG)
+]
 TABLES = [row for row in ROWS if row.family not in ALIKE or row in CONFIGS]
 # Every row is verified, which compiles it once. Laws that compile it again run on these: of decoders, whose heads are
 # one matrix, those that differ in what their blocks compute.
-COMPILED = [row for row in ROWS if not row.on_decoder]
+COMPILED = [row for row in ROWS if not row.on_decoder and row.family != "mt5"]
 COMPILED += [Row("gpt2", CausalLM), Row("llama", CausalLM), LONGER, BIASED, MIXED, WINDOWED]

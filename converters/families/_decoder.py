@@ -45,7 +45,7 @@ def observe(config: Any, model_class: type, keys: frozenset[str], fields: Mappin
     return config
 
 
-def inputs(config: Any, ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def inputs(model: Any, ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Positions, which padding does not take: what a call of ours counts, and the reference is given by `generate`."""
     return {"position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)}
 
@@ -53,6 +53,12 @@ def inputs(config: Any, ids: np.ndarray, mask: np.ndarray, rng: np.random.Genera
 def options(model: Any) -> dict[str, Any]:
     """The number of labels, where the model has any."""
     return {"num_labels": model.config.labels} if isinstance(model, SequenceClassifier) else {}
+
+
+def settle(reference: Any, model: Any) -> None:
+    """Without a padding token the reference's classifier refuses batches, and reads the last: -1 is no token's."""
+    if reference.config.pad_token_id is None:
+        reference.config.pad_token_id = -1
 
 
 Probes = tuple[tuple[str, str], ...]

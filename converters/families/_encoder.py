@@ -177,9 +177,10 @@ def probes(
     return listed
 
 
-def inputs(config: EncoderConfig, ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def inputs(model: Any, ids: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random token types, where the model has any."""
-    return {"token_type_ids": rng.integers(0, config.token_types, ids.shape)} if config.token_types else {}
+    types = model.config.token_types
+    return {"token_type_ids": rng.integers(0, types, ids.shape)} if types else {}
 
 
 def options(model: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ..config import OLDER, Older, choice, fact, flag, optional, rate, size, som
 from ..family import Family
 from ..ops import FLIP, split
 from ..rules import Ignore, Rule, Table, affine, rule
-from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes
+from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes, settle
 from ._shared import ACTIVATIONS, labels, ours
 
 PREFIX = "transformer."
@@ -122,5 +122,6 @@ FAMILY = Family(
     probes=probes(PREFIX, PARTS),
     inputs=inputs,
     options=options,
+    settle=settle,
     reads="last",
 )

@@ -11,7 +11,7 @@ from ..config import OLDER, Fact, choice, fact, flag, optional, rate, size, some
 from ..family import Family
 from ..rules import Ignore, Table, affine, rule
 from . import _rope, _window
-from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes
+from ._decoder import FIXED, IRRELEVANT, PADDING, SURPLUS, head, inputs, observe, options, probes, settle
 from ._shared import ACTIVATIONS, labels, ours
 
 PREFIX = "model."
@@ -130,6 +130,7 @@ FAMILY = Family(
     probes=probes(PREFIX, PARTS),
     inputs=inputs,
     options=options,
+    settle=settle,
     reads="last",
 )
 

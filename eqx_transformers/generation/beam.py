@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .loop import Ends, Start, causal_start, column, over_rows, stepped, wide
+from .loop import Ends, Prompt, Start, column, over_rows, start_of, stepped, wide
 from .processors import SoFar, processed
 from .turned import for_rows
 
@@ -145,7 +145,8 @@ def updated(
         sound=search.sound & jnp.all(jnp.isfinite(found.scores[:, 0]) | ~search.open),
     )
     rows = flat(from_beam + rule.beams * jnp.arange(len(token))[:, None])
-    return search._replace(cache=over_rows(lambda x: x[rows], search.cache))
+    # Beams of one row look at one memory: nothing of it moves.
+    return search._replace(cache=over_rows(lambda x: x[rows], search.cache, memory=False))
 
 
 def remembered(
@@ -181,25 +182,20 @@ def improvable(running: Array, best: Array, finished: Array, new: Int[Array, ""]
 
 @eqx.filter_jit
 def run(
-    model: Any,
-    ids: Int[Array, "batch prompt"],
-    real: Bool[Array, "batch prompt"],
-    length: int,
-    processors: tuple[Any, ...],
-    ends: Ends,
-    rule: Rule,
+    model: Any, prompt: Prompt, processors: tuple[Any, ...], ends: Ends, rule: Rule
 ) -> tuple[Beams, Bool[Array, ""]]:
     """All of it as one program, and whether no score was NaN."""
-    start, prompt = causal_start(model, ids, real, length), ids.shape[-1]
+    start = start_of(model, prompt)
+    rows, width = len(start.ids), prompt.width
     scores, cache = stepped(model, start.ids, start.cache, start.real)
-    search = opened(start, cache, length, rule, ends)
-    search = updated(search, jnp.repeat(scores, rule.beams, axis=0), prompt, processors, ends, rule)
-    model = for_rows(model, len(ids) * rule.beams)
+    search = opened(start, cache, prompt.length, rule, ends)
+    search = updated(search, jnp.repeat(scores, rule.beams, axis=0), width, processors, ends, rule)
+    model = for_rows(model, rows * rule.beams)
 
     def turn(search: Search) -> Search:
-        last = prompt + search.new - 1
+        last = width + search.new - 1
         scores, cache = stepped(model, column(flat(search.ids), last), search.cache, column(flat(search.real), last))
-        return updated(search._replace(cache=cache), scores, prompt, processors, ends, rule)
+        return updated(search._replace(cache=cache), scores, width, processors, ends, rule)
 
     search = jax.lax.while_loop(lambda search: search.more, turn, search)
     return Beams(search.tokens, search.scores), search.sound

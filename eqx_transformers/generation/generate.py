@@ -9,9 +9,8 @@ from jaxtyping import Array, Bool, Int, Integer, PRNGKeyArray
 
 from . import beam, loop
 from .beam import Beams, Rule
-from .loop import Ends
+from .loop import Ends, Prompt
 from .request import (
-    Prompt,
     changing,
     ends_of,
     expect_key,
@@ -30,9 +29,10 @@ UNSET: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, "min_
 
 def generate(
     model: Any,
-    token_ids: Batch,
+    token_ids: Batch | None = None,
     *,
     attention_mask: Attended | None = None,
+    memory: Any = None,
     max_new_tokens: int,
     end_ids: int | Sequence[int] | None = None,
     padding_id: int | None = None,
@@ -53,7 +53,9 @@ def generate(
     """The tokens that `model` continues each prompt with: its best ones, samples with a `key`, or by beam search.
 
     - `token_ids`, `attention_mask`: a batch of prompts. Padding (mask 0) may stand anywhere: each row gives what it
-      gives alone.
+      gives alone. A model with an encoder, such as `T5`, reads them there, and its decoder begins with `start_id`.
+    - `memory`: what `jax.vmap(model.encode)` made of them, in their place: to continue it in many ways, or to continue
+      what no text was made of.
     - `max_new_tokens`: where every row ends. `end_ids`: tokens that end a row before, themselves included; behind them
       stands `padding_id` (the first of `end_ids` unless given, or 0). All is over when all rows have ended.
     - `min_new_tokens`: no end token before there are so many.
@@ -87,6 +89,7 @@ def generate(
             model,
             token_ids,
             attention_mask=attention_mask,
+            memory=memory,
             max_new_tokens=max_new_tokens,
             end_ids=end_ids,
             padding_id=padding_id,
@@ -102,22 +105,22 @@ def generate(
         _expect_unset("without a key the best token is taken", sampling)
     ends = ends_of(end_ids, padding_id)
     processors = changing(ends, **more) + filtering(**sampling)
-    prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
-    max_new_tokens = int(max_new_tokens)
+    new = whole("max_new_tokens", max_new_tokens, 1)
+    prompt = prompt_of(model, token_ids, attention_mask, memory, new, cache_length)
     if stream is None:
-        bound = number(max_new_tokens, np.int32)
-        tokens, sound = loop.run(model, prompt.ids, prompt.real, prompt.length, bound, processors, ends, key)
+        tokens, sound = loop.run(model, prompt, number(new, np.int32), processors, ends, key)
     else:
-        tokens, sound = _streamed(model, prompt, max_new_tokens, processors, ends, key, stream)
+        tokens, sound = _streamed(model, prompt, new, processors, ends, key, stream)
     _expect_sound(sound)
-    return jax.device_put(np.asarray(tokens)[:, :max_new_tokens])  # JAX's own slice would be one more program
+    return jax.device_put(np.asarray(tokens)[:, :new])  # JAX's own slice would be one more program
 
 
 def beam_search(
     model: Any,
-    token_ids: Batch,
+    token_ids: Batch | None = None,
     *,
     attention_mask: Attended | None = None,
+    memory: Any = None,
     max_new_tokens: int,
     beams: int,
     length_penalty: float = 1.0,
@@ -151,34 +154,33 @@ def beam_search(
         min_new_tokens=min_new_tokens,
     )
     beams = whole("beams", beams, 1)
-    prompt = prompt_of(model, token_ids, attention_mask, max_new_tokens, cache_length)
-    max_new_tokens = int(max_new_tokens)
+    new = whole("max_new_tokens", max_new_tokens, 1)
+    prompt = prompt_of(model, token_ids, attention_mask, memory, new, cache_length)
     when = number(early_stopping != "never" and bool(early_stopping), bool), number(early_stopping == "never", bool)
-    rule = Rule(beams, *when, number(length_penalty), number(max_new_tokens, np.int32))
-    found, sound = beam.run(model, prompt.ids, prompt.real, prompt.length, processors, ends, rule)
+    rule = Rule(beams, *when, number(length_penalty), number(new, np.int32))
+    found, sound = beam.run(model, prompt, processors, ends, rule)
     _expect_sound(sound)
-    return found._replace(tokens=jax.device_put(np.asarray(found.tokens)[..., :max_new_tokens]))
+    return found._replace(tokens=jax.device_put(np.asarray(found.tokens)[..., :new]))
 
 
 def _streamed(
     model: Any,
     prompt: Prompt,
-    max_new_tokens: int,
+    new: int,
     processors: tuple[Any, ...],
     ends: Ends,
     key: PRNGKeyArray | None,
     stream: Stream,
 ) -> tuple[Int[Array, "batch new"], Bool[Array, ""]]:
     """The same in steps of one token, each of which is handed on before the next one is computed."""
-    width = prompt.ids.shape[-1]
-    stepper, state, token = loop.run_begin(model, prompt.ids, prompt.real, prompt.length, processors, ends, key)
-    for new in range(1, max_new_tokens + 1):
+    stepper, state, token = loop.run_begin(model, prompt, processors, ends, key)
+    for count in range(1, new + 1):
         _expect_sound(state.sound)
         wants_no_more = stream(np.asarray(token))
-        if wants_no_more or new == max_new_tokens or np.asarray(state.ended).all():
+        if wants_no_more or count == new or np.asarray(state.ended).all():
             break
-        state, token = loop.run_advance((stepper, processors, ends, key), state, width)
-    return loop.filled(state, width, ends), state.sound
+        state, token = loop.run_advance((stepper, processors, ends, key), state, prompt.width)
+    return loop.filled(state, prompt.width, ends), state.sound
 
 
 def _expect_unset(why: str, options: dict[str, Any]) -> None:

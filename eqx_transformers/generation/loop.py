@@ -11,10 +11,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ..nn import MemoryCache
 from .processors import SoFar, processed
 from .turned import for_rows
 
 C = TypeVar("C")
+
+
+class Prompt(NamedTuple):
+    """What is to be continued: rows of tokens that end at the right edge, or what an encoder has made of them.
+
+    Of the `length` slots of a cache, `width` are for what comes before the new tokens: of a model with an encoder, for
+    the decoder's first one.
+    """
+
+    ids: Any
+    real: Any
+    memory: Any
+    width: int
+    length: int
 
 
 class Start(NamedTuple):
@@ -47,16 +62,27 @@ class State(NamedTuple):
     sound: Bool[Array, ""]
 
 
-def causal_start(model: Any, ids: Int[Array, "rows prompt"], real: Bool[Array, "rows prompt"], length: int) -> Start:
-    """Of a model that continues its prompt."""
-    axes = jax.eval_shape(lambda: model.init_cache(length)).axes
-    return Start(jax.vmap(lambda _: model.init_cache(length), out_axes=axes)(ids[:, 0]), ids, real)
+def start_of(model: Any, prompt: Prompt) -> Start:
+    """A model with an encoder reads the prompt there, and its decoder begins with `start_id`; another continues it."""
+    if not hasattr(model, "encode"):
+        return Start(_caches(lambda _: model.init_cache(prompt.length), prompt.ids[:, 0]), prompt.ids, prompt.real)
+    memory = prompt.memory
+    if memory is None:
+        memory = jax.vmap(lambda ids, real: model.encode(ids, attention_mask=real))(prompt.ids, prompt.real)
+    first = jnp.full((len(jax.tree.leaves(memory)[0]), 1), model.start_id, jnp.int32)
+    return Start(_caches(lambda one: model.init_cache(one, prompt.length), memory), first, jnp.ones(first.shape, bool))
 
 
-def over_rows(f: Callable[[Array], Array], cache: C) -> C:
-    """The cache with `f` of every array that has rows."""
-    is_none = lambda x: x is None
-    return jax.tree.map(lambda axis, x: x if axis is None else f(x), cache.axes, cache, is_leaf=is_none)
+def _caches(make: Callable[[Any], Any], rows: Any) -> Any:
+    axes = jax.eval_shape(make, jax.tree.map(lambda x: x[0], rows)).axes
+    return jax.vmap(make, out_axes=axes)(rows)
+
+
+def over_rows(f: Callable[[Array], Array], cache: C, *, memory: bool = True) -> C:
+    """The cache with `f` of every array that has rows; without `memory`, of what changes from token to token alone."""
+    is_memory = lambda x: isinstance(x, MemoryCache) and not memory
+    change = lambda axis, x: x if axis is None or is_memory(axis) else f(x)
+    return jax.tree.map(change, cache.axes, cache, is_leaf=lambda x: x is None or is_memory(x))
 
 
 def stepped(
@@ -158,35 +184,31 @@ def filled(state: State, prompt: int, ends: Ends) -> Int[Array, "rows new"]:
 @eqx.filter_jit
 def run(
     model: Any,
-    ids: Int[Array, "rows prompt"],
-    real: Bool[Array, "rows prompt"],
-    length: int,
+    prompt: Prompt,
     bound: Int[Array, ""],
     processors: tuple[Any, ...],
     ends: Ends,
     key: PRNGKeyArray | None,
 ) -> tuple[Int[Array, "rows new"], Bool[Array, ""]]:
     """All of it as one program: the new tokens, and whether there always was one to choose."""
-    state = begin(model, causal_start(model, ids, real, length), length, processors, ends, key)
-    prompt = ids.shape[-1]
-    state = advance(for_rows(model, len(ids)), state, prompt, bound, processors, ends, key)
-    return filled(state, prompt, ends), state.sound
+    start = start_of(model, prompt)
+    state = begin(model, start, prompt.length, processors, ends, key)
+    state = advance(for_rows(model, len(start.ids)), state, prompt.width, bound, processors, ends, key)
+    return filled(state, prompt.width, ends), state.sound
 
 
 @eqx.filter_jit
 def run_begin(
     model: Any,
-    ids: Int[Array, "rows prompt"],
-    real: Bool[Array, "rows prompt"],
-    length: int,
+    prompt: Prompt,
     processors: tuple[Any, ...],
     ends: Ends,
     key: PRNGKeyArray | None,
 ) -> tuple[Any, State, Int[Array, " rows"]]:
     """The beginning alone, for a caller who looks at every token: the model for `run_advance`, and the first ones."""
-    prompt = ids.shape[-1]
-    state = begin(model, causal_start(model, ids, real, length), length, processors, ends, key)
-    return for_rows(model, len(ids)), state, column(state.ids, prompt)[:, 0]
+    start = start_of(model, prompt)
+    state = begin(model, start, prompt.length, processors, ends, key)
+    return for_rows(model, len(start.ids)), state, column(state.ids, prompt.width)[:, 0]
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
-from .loop import Ends
+from .loop import Ends, Prompt
 from .processors import MinNewTokens, MinP, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP
 
 SHORTEST = 64  # slots of a bucket: fewer cost about as much
@@ -17,62 +16,103 @@ STEP = 16  # slots by which a prompt's bucket is cut where `cache_length` leaves
 TINIEST = 1e-30  # of what scores are divided by: less would make them infinite
 
 
-class Prompt(NamedTuple):
-    """Rows of tokens that end at the right edge, and how many slots a cache has for them and what follows."""
-
-    ids: Int[Array, "rows prompt"]
-    real: Bool[Array, "rows prompt"]
-    length: int
-
-
 def bucket(size: int) -> int:
     """The power of two, at least 64, that holds `size`: one program serves all sizes of a bucket."""
     return max(SHORTEST, 1 << (size - 1).bit_length())
 
 
-def prompt_of(model: Any, token_ids: Any, attention_mask: Any, max_new_tokens: int, cache_length: int | None) -> Prompt:
-    """The prompts in the smallest bucket, with room for `max_new_tokens`. Raises a `ValueError` for what cannot be."""
-    _expect_causal(model)
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-    ids = _ids(token_ids)
-    real = _real(model, ids, attention_mask)
-    longest = max(1, int(real.sum(1).max()))
-    _expect_room(model, longest, max_new_tokens)
+def prompt_of(
+    model: Any, token_ids: Any, attention_mask: Any, memory: Any, new: int, cache_length: int | None
+) -> Prompt:
+    """The prompts in the smallest bucket, with room for `new` tokens. Raises a `ValueError` for what cannot be."""
+    _expect_model(model)
+    if hasattr(model, "encode"):
+        return _prompt_of_encoder(model, token_ids, attention_mask, memory, new, cache_length)
+    if memory is not None:
+        raise ValueError(f"memory is what an encoder made of the prompts, and a {type(model).__name__} has none.")
+    ids, real, longest = _rows(model, token_ids, attention_mask)
+    _expect_room(model, longest, new)
     width = bucket(longest)
     if cache_length is None:
-        return Prompt(*map(jax.device_put, _compacted(ids, real, width)), width + bucket(max_new_tokens))
-    length = whole("cache_length", cache_length, 1)
-    if length < longest + max_new_tokens:
-        raise ValueError(
-            f"cache_length = {length} is too short: the longest prompt has {longest} tokens and max_new_tokens ="
-            f" {max_new_tokens}, which takes {longest + max_new_tokens} slots. Leave cache_length out to have it fit."
-        )
-    if width + max_new_tokens > length:  # what is left, in steps: a few more new tokens are no other program
-        left = length - max_new_tokens
+        return Prompt(*map(jax.device_put, _placed(ids, real, width)), None, width, width + bucket(new))
+    length = _length(cache_length, longest, new, f"the longest prompt has {longest} tokens")
+    if width + new > length:  # what is left, in steps: a few more new tokens are no other program
+        left = length - new
         width = left // STEP * STEP if left // STEP * STEP >= longest else left
-    return Prompt(*map(jax.device_put, _compacted(ids, real, width)), length)
+    return Prompt(*map(jax.device_put, _placed(ids, real, width)), None, width, length)
 
 
-def _expect_causal(model: Any) -> None:
-    if not (hasattr(model, "init_cache") and hasattr(model, "step") and hasattr(model, "head")):
+def _prompt_of_encoder(
+    model: Any, token_ids: Any, attention_mask: Any, memory: Any, new: int, cache_length: int | None
+) -> Prompt:
+    """Of a model whose decoder begins with one token of its own."""
+    if model.start_id is None:
+        raise ValueError("The config names no start_id, with which the decoder's input begins; T5's own is 0.")
+    length = 1 + bucket(new) if cache_length is None else _length(cache_length, 1, new, "there is a start token")
+    if memory is None:
+        ids, real, longest = _rows(model, token_ids, attention_mask)
+        placed = (ids, real) if model.counts_padding else _placed(ids, real, bucket(longest))
+        return Prompt(*map(jax.device_put, placed), None, 1, length)
+    if token_ids is not None or attention_mask is not None:
+        raise ValueError("memory is what the encoder made of the prompts: give either it, or token_ids and their mask.")
+    _expect_untraced("memory", memory)
+    _expect_memory(model, memory)
+    return Prompt(None, None, memory, 1, length)
+
+
+def _expect_memory(model: Any, memory: Any) -> None:
+    """Raises a `ValueError` for what is not a batch of what the model's `encode` gives."""
+    ids = jax.ShapeDtypeStruct((getattr(model, "room", None) or 1,), jnp.int32)
+    wanted = jax.tree.map(lambda x: len(x.shape) + 1, jax.eval_shape(model.encode, ids))
+    found = jax.tree.map(jnp.ndim, memory)
+    rows = {x.shape[:1] for x in jax.tree.leaves(memory)}
+    if found != wanted or len(rows) != 1 or rows == {(0,)}:
+        shapes = ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(memory))
+        raise ValueError(f"memory must be a batch, jax.vmap(model.encode)(…), but it is {shapes or type(memory)}.")
+
+
+def _length(cache_length: int, before: int, new: int, said: str) -> int:
+    length = whole("cache_length", cache_length, 1)
+    if length < before + new:
         raise ValueError(
-            f"generate needs a model with scores of the next token and a cache, such as CausalLM, but it is"
+            f"cache_length = {length} is too short: {said} and max_new_tokens = {new}, which takes {before + new}"
+            " slots. Leave cache_length out to have it fit."
+        )
+    return length
+
+
+def _rows(model: Any, token_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    """The prompts, which of their tokens are real, and how many at most in a row."""
+    ids = _ids(token_ids)
+    real = _real(model, ids, attention_mask)
+    return ids, real, max(1, int(real.sum(1).max()))
+
+
+def _expect_model(model: Any) -> None:
+    if not (hasattr(model, "init_cache") and hasattr(model, "step") and hasattr(model, "scores")):
+        raise ValueError(
+            f"generate needs a model with scores of the next token and a cache, such as CausalLM or T5, but it is"
             f" {type(model).__name__}. CausalLM.of(decoder, key=…) puts an output on a bare decoder."
         )
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(model)):
-        _concrete("model", next(x for x in jax.tree.leaves(model) if isinstance(x, jax.core.Tracer)))
+    _expect_untraced("model", model)
 
 
-def _concrete(name: str, x: Any) -> np.ndarray:
-    if isinstance(x, jax.core.Tracer):
+def _expect_untraced(name: str, tree: Any) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
         raise ValueError(
             f"{name} is being traced, but generate compiles its own loop and chooses its shapes by the prompts: call it"
             " outside of jit, vmap and grad."
         )
+
+
+def _concrete(name: str, x: Any) -> np.ndarray:
+    _expect_untraced(name, x)
     return np.asarray(x)
 
 
 def _ids(token_ids: Any) -> np.ndarray:
+    if token_ids is None:
+        raise ValueError("token_ids is None: nothing is there to continue.")
     ids = _concrete("token_ids", token_ids)
     if ids.ndim == 1:
         raise ValueError(f"token_ids must be 'batch seq', but it is {ids.shape}: give token_ids[None] for one row.")
@@ -120,7 +160,7 @@ def _expect_room(model: Any, longest: int, max_new_tokens: int) -> None:
         )
 
 
-def _compacted(ids: np.ndarray, real: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _placed(ids: np.ndarray, real: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """The real tokens of every row in their order at the right edge; zeros before them."""
     order = np.argsort(real, axis=1, kind="stable")[:, -width:]
     ids, real = (np.take_along_axis(x, order, axis=1) for x in (ids, real))

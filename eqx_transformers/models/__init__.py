@@ -37,6 +37,15 @@ from .llama import (
     LlamaConfig as LlamaConfig,
 )
 from .roberta import Encoder as Encoder
+from .t5 import T5 as T5, T5Encoder as T5Encoder, T5Model as T5Model
+from .t5_config import MT5 as MT5, T5_V1 as T5_V1, T5_V1_1 as T5_V1_1, UMT5 as UMT5, T5Config as T5Config
+from .t5_parts import Memory as Memory
+from .t5_vae import T5VAE as T5VAE, Posterior as Posterior, T5VAEOutput as T5VAEOutput
+from .t5_vae_config import (
+    FLAX_T5_VAE as FLAX_T5_VAE,
+    TORCH_T5_VAE as TORCH_T5_VAE,
+    T5VAEConfig as T5VAEConfig,
+)
 from .transformer import (
     HAIKU_EXAMPLE as HAIKU_EXAMPLE,
     HAIKU_TUTORIAL as HAIKU_TUTORIAL,

@@ -10,6 +10,8 @@ from .functional import FunctionalConfig, FunctionalTransformer
 from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
 from .roberta import Encoder
+from .t5 import T5Encoder, T5Model
+from .t5_config import T5Config
 from .transformer import Transformer, TransformerConfig
 
 B = TypeVar("B", bound=eqx.Module)
@@ -20,7 +22,10 @@ BACKBONES: dict[type, Any] = {
     LlamaConfig: Llama,
     TransformerConfig: Transformer,
     FunctionalConfig: FunctionalTransformer,
+    T5Config: T5Model,
 }
+# Of models with two halves, the one that a head for each of the tokens stands on.
+ENCODERS: dict[type, Any] = {T5Config: T5Encoder}
 
 
 def part_of(backbone: B, **changed: Any) -> B:

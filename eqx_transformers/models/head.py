@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ..nn._errors import within
-from .backbones import BACKBONES, part_of
+from .backbones import BACKBONES, ENCODERS, part_of
 from .encoder_config import EncoderConfig
 from .inputs import Ids
 from .roberta import Encoder, Pooler
@@ -18,20 +18,23 @@ from .roberta import Encoder, Pooler
 Input = Integer[Array | np.ndarray, "..."] | Bool[Array | np.ndarray, "..."] | None
 Key = PRNGKeyArray | None
 H = TypeVar("H", bound="Head")
-DECODERS = tuple(kind for kind in BACKBONES.values() if kind is not Encoder)
-_DECODERS = "On a decoder, whose tokens see nothing that follows them, stand CausalLM and SequenceClassifier."
+DECODERS = tuple(kind for kind in BACKBONES if kind not in (EncoderConfig, *ENCODERS))
+EVERY = tuple(BACKBONES)
+TWO_HALVES = tuple(ENCODERS)
 
 
 class Head(eqx.Module):
     """What all heads share: the encoder or decoder in `backbone`, the config of the whole, and the way onto a backbone.
 
-    `on_decoders` says whether the head is one of decoders too.
+    `stands_on`: the kinds of config that describe what it may stand on. `tokenwise`: of models with two halves, it
+    stands on the encoder alone.
     """
 
     backbone: eqx.AbstractVar[Any]
     config: eqx.AbstractVar[Any]
     takes_labels: ClassVar[bool] = False
-    on_decoders: ClassVar[bool] = False
+    stands_on: ClassVar[tuple[type, ...]] = (EncoderConfig,)
+    tokenwise: ClassVar[bool] = False
     draws: ClassVar[bool] = True
 
     @classmethod
@@ -42,11 +45,11 @@ class Head(eqx.Module):
         where it has none. Raises a `ValueError` otherwise, for a head that is none of this kind of backbone, and for a
         backbone that is a part of another model.
         """
-        kinds = tuple(BACKBONES.values()) if cls.on_decoders else (Encoder,)
+        kinds = tuple(cls.kind_of(config) for config in cls.stands_on)
         if not isinstance(encoder, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             found = f"expected an {expected}, but it is {type(encoder).__name__}"
-            raise ValueError(f"{cls.__name__}.of: {found}. {_DECODERS if type(encoder) in DECODERS else ''}".rstrip())
+            raise ValueError(f"{cls.__name__}.of: {found}. {_standing_on(type(encoder))}".rstrip())
         if encoder.config is None:
             raise ValueError(
                 "This encoder is a part of another model, which has the config:"
@@ -60,6 +63,11 @@ class Head(eqx.Module):
             raise ValueError(f"{cls.__name__} has parameters of its own to draw: pass key=jax.random.key(…).")
         config = encoder.config if labels is None else replace(encoder.config, labels=labels)
         return cls(config, key=jax.random.key(0) if key is None else key, encoder=encoder)
+
+    @classmethod
+    def kind_of(cls, config: type) -> Any:
+        """The class that this head stands on, of a model that this kind of config describes."""
+        return ENCODERS.get(config, BACKBONES[config]) if cls.tokenwise else BACKBONES[config]
 
     def hidden(self, token_ids: Ids, key: Key, inputs: dict[str, Input]) -> Float[Array, "seq embed_dim"]:
         """The encoder's hidden states."""
@@ -84,16 +92,15 @@ def backbone_of(
 ) -> tuple[Any, Any]:
     """The config of a model whose encoder has a pooler or none, and that encoder: `backbone`, or a new one.
 
-    Of a config of decoders, which have no poolers, its backbone. Raises a `ValueError` where the head is one of
-    encoders alone.
+    Of a config of anything else, which has no pooler, its backbone. Raises a `ValueError` where the head does not stand
+    on such a model.
     """
-    kinds = tuple(BACKBONES) if head.on_decoders else (EncoderConfig,)
-    if not isinstance(config, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
+    if not isinstance(config, head.stands_on):
+        expected = " or ".join(kind.__name__ for kind in head.stands_on)
         found = f"expected an {expected}, but the config is a {type(config).__name__}"
-        raise ValueError(f"{type(head).__name__}: {found}. {_DECODERS if type(config) in BACKBONES else ''}".rstrip())
+        raise ValueError(f"{type(head).__name__}: {found}. {_standing_on(BACKBONES.get(type(config)))}".rstrip())
     if not isinstance(config, EncoderConfig):
-        return config, part_of(BACKBONES[type(config)](config, key=key) if backbone is None else backbone)
+        return config, part_of(head.kind_of(type(config))(config, key=key) if backbone is None else backbone)
     pooler = pooler(config) if callable(pooler) else pooler
     config = replace(config, pooler=pooler)
     encoder = Encoder(config, key=key) if backbone is None else backbone
@@ -101,6 +108,13 @@ def backbone_of(
     if pooler and kept is None:
         kept = Pooler(config, key=jax.random.fold_in(key, 1))
     return config, part_of(encoder, pooler=kept, causal=config.causal)
+
+
+def _standing_on(kind: Any) -> str:
+    """Which heads there are for this class of backbones."""
+    heads = Head.__subclasses__()
+    names = [head.__name__ for head in heads if any(head.kind_of(config) is kind for config in head.stands_on)]
+    return f"On a {kind.__name__} stand {', '.join(names)}." if names else ""
 
 
 def two(key: Key) -> tuple[Key, Key]:

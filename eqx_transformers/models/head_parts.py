@@ -152,8 +152,8 @@ class ClassificationHead(eqx.Module):
 
 
 def classification_head(config: Any, *, key: PRNGKeyArray) -> ClassificationHead:
-    """The head of a classifier of whole sequences; a decoder's is one matrix."""
-    if not isinstance(config, EncoderConfig):
+    """The head of a classifier of whole sequences; a decoder's, whose config says nothing of it, is one matrix."""
+    if not hasattr(config, "classifier"):
         return ClassificationHead(config.embed_dim, config.labels, use_bias=False, init=config.initializer, key=key)
     dense = config.classifier == "dense"
     rate = config.rate("classifier_dropout")

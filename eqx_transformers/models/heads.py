@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from ..nn import Cache
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
-from .head import Head, Input, Key, backbone_of, two
+from .head import DECODERS, EVERY, TWO_HALVES, Head, Input, Key, backbone_of, two
 from .head_parts import ClassificationHead, Factors, MaskedLMHead, Pooling, classification_head, lm_head
 from .inputs import ONE, Ids
 from .roberta import Encoder
@@ -48,7 +48,7 @@ class CausalLM(Head):
     backbone: Any
     head: eqx.Module
     config: Any = eqx.field(static=True)
-    on_decoders: ClassVar[bool] = True
+    stands_on: ClassVar[tuple[type, ...]] = (EncoderConfig, *DECODERS)
 
     def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
@@ -139,15 +139,15 @@ class NextSentencePredictor(Head):
 class SequenceClassifier(Head):
     """Logits ` labels` of a whole sequence; with one label, a regression.
 
-    On an encoder it reads the pooler or the first token, on a decoder the last token that is not padding: see
-    `Decoder.summary`.
+    On an encoder it reads the pooler or the first token, on a decoder the last token that is not padding (see
+    `Decoder.summary`), on a T5 the decoder's state at the end token (see `T5Model.summary`).
     """
 
     backbone: Any
     head: eqx.Module
     config: Any = eqx.field(static=True)
     takes_labels: ClassVar[bool] = True
-    on_decoders: ClassVar[bool] = True
+    stands_on: ClassVar[tuple[type, ...]] = EVERY
 
     def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
@@ -163,14 +163,16 @@ class SequenceClassifier(Head):
 
 
 class TokenClassifier(Head):
-    """Logits `seq labels`: a label for each token."""
+    """Logits `seq labels`: a label for each token; of a T5, by its encoder."""
 
-    backbone: Encoder
+    backbone: Any
     head: eqx.Module
-    config: EncoderConfig = eqx.field(static=True)
+    config: Any = eqx.field(static=True)
     takes_labels: ClassVar[bool] = True
+    stands_on: ClassVar[tuple[type, ...]] = (EncoderConfig, *TWO_HALVES)
+    tokenwise: ClassVar[bool] = True
 
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+    def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
         self.config, self.backbone = backbone_of(self, config, encoder, body, pooler=False)
         rate, init = config.rate("token_dropout"), config.initializer
@@ -184,13 +186,17 @@ class TokenClassifier(Head):
 
 
 class QuestionAnswerer(Head):
-    """Logits `seq 2`: column 0 scores each token as the answer's first, column 1 as its last."""
+    """Logits `seq 2`: column 0 scores each token as the answer's first, column 1 as its last.
 
-    backbone: Encoder
+    On a T5 the decoder reads the same tokens, one place on.
+    """
+
+    backbone: Any
     head: eqx.Module
-    config: EncoderConfig = eqx.field(static=True)
+    config: Any = eqx.field(static=True)
+    stands_on: ClassVar[tuple[type, ...]] = (EncoderConfig, *TWO_HALVES)
 
-    def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray, encoder: Encoder | None = None):
+    def __init__(self, config: Any, *, key: PRNGKeyArray, encoder: Any = None):
         body, head = jax.random.split(key)
         # The reference counts start and end as its two labels.
         self.config, self.backbone = backbone_of(self, replace(config, labels=2), encoder, body, pooler=False)

@@ -11,6 +11,9 @@ from ..nn._errors import error_if
 
 Ids = Integer[Array | np.ndarray, " seq"]
 Attended = Bool[Array | np.ndarray, "*queries seq"] | Integer[Array | np.ndarray, "*queries seq"]
+# The same of what a decoder reads beside a sequence.
+TargetIds = Integer[Array | np.ndarray, " target"]
+TargetAttended = Bool[Array | np.ndarray, "*looking target"] | Integer[Array | np.ndarray, "*looking target"]
 ONE = "A model takes one sequence: jax.vmap it over a batch."
 
 

@@ -8,3 +8,14 @@ from .losses import (
     next_tokens as next_tokens,
 )
 from .optimizers import adam_uncorrected as adam_uncorrected
+from .regularisers import (
+    RBF as RBF,
+    AbstractKernel as AbstractKernel,
+    OriginalKernel as OriginalKernel,
+    kl as kl,
+    logistic_weight as logistic_weight,
+    mmd as mmd,
+    mmd_to_prior as mmd_to_prior,
+    reconstruction_loss as reconstruction_loss,
+    reparameterised as reparameterised,
+)

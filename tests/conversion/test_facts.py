@@ -27,6 +27,8 @@ OTHERS = {
     "activation_function": "tanh",
     "head_dim": 8,
     "rope_type": "yarn",
+    "feed_forward_proj": "gated-silu",
+    "dense_act_fn": "tanh",
     "layer_types": ["sliding_attention", "full_attention"],
 }
 

@@ -14,7 +14,7 @@ import converters
 from converters import flax_names
 from converters.families import FAMILIES
 from converters.flax_names import Flax
-from eqx_transformers import CausalLM, MaskedLM, PreTraining
+from eqx_transformers import T5, CausalLM, MaskedLM, PreTraining
 from eqx_transformers.tensor_file import Spec
 
 from ..reference import make, save
@@ -37,8 +37,10 @@ def state(row) -> dict[str, np.ndarray]:
 def flax_parameters(row) -> dict[str, np.ndarray]:
     """What its Flax class has: no decoder where it is tied, and of two biases the head's."""
     held, tied = state(row), row.config.get("tie_word_embeddings", row.family not in ("llama", "mistral"))
+    if row.family in ("t5", "mt5"):  # transformers 5 ties whatever it makes; its stacks' tables are others' names
+        held, tied = {key: x for key, x in held.items() if "embed_tokens" not in key}, True
     gone = [f"{head}.decoder.bias" for head in TWICE]
-    if tied and row.head in (MaskedLM, CausalLM, PreTraining):
+    if tied and row.head in (MaskedLM, CausalLM, PreTraining, T5):
         decoders = [f"{head}.decoder" for head in TWICE] + ["vocab_projector", "generator_lm_head", "lm_head"]
         gone += [f"{decoder}.weight" for decoder in decoders]
     names = {key: flax_key(key, x) for key, x in held.items() if key not in gone}

@@ -52,6 +52,7 @@ def to_flax(held):
 
 
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings", "wte", "wpe", "embed_tokens")
+EMBEDDINGS += ("shared", "relative_attention_bias")
 RMS_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
@@ -61,7 +62,7 @@ def flax_key(key: str, x: np.ndarray) -> str:
     kind = module.rsplit(".", 1)[-1]
     if last == "weight" and kind in EMBEDDINGS:
         last = "embedding"
-    elif kind in RMS_NORMS:
+    elif kind in RMS_NORMS or (kind.endswith("layer_norm") and ".block." in f".{module}") or kind == "final_layer_norm":
         last = "weight"
     elif last == "weight":
         last = "kernel" if x.ndim == 2 else "scale"

@@ -49,7 +49,7 @@ def test_the_options_change_what_is_found():
     assert len(set(found)) >= 6
 
 
-@pytest.mark.parametrize("name", ["mistral", "roberta"])
+@pytest.mark.parametrize("name", ["mistral", "roberta", "t5", "umt5"])
 def test_other_families_and_no_end(name):
     ids, mask = padded(ROWS, 11)
     np.testing.assert_array_equal(*both(name, ids, mask, 3, None, 1.0, False))

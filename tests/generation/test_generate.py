@@ -18,7 +18,7 @@ from .twins import ENDS, PAD, ROOM, VOCAB, padded, prompts, reference, twins
 
 NEW = 17
 ROWS = 3
-MODELS = ["gpt2", "mistral", "roberta"]
+MODELS = ["gpt2", "mistral", "roberta", "t5", "umt5"]
 
 
 def ours(name, ids, mask=None, **options):
@@ -58,7 +58,7 @@ def test_left_padding_is_transformers_token_for_token(name):
 PENALTIES = {"repetition_penalty": 1.4, "min_new_tokens": 6}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
 def test_penalties_and_minimum_length_are_transformers(name):
     for seed in range(3):
         ids = prompts(ROWS, 13, seed)
@@ -266,7 +266,7 @@ def moved(text, shape):
 def test_the_cache_is_written_in_place():
     """A copy of a layer's keys a token would cost as much as reading all of them once more."""
     ids, real = jnp.zeros((ROWS, 64), jnp.int32), jnp.ones((ROWS, 64), bool)
-    given = (ids, real, 128, number(9, np.int32), (), ends_of(None, None), None)
+    given = (loop.Prompt(ids, real, None, 64, 128), number(9, np.int32), (), ends_of(None, None), None)
     program = loop.run.lower(twins("gpt2").ours, *given).compile().compiled.as_text()
     assert moved(program, f"f32[{ROWS},3,128,7]") == []
 

@@ -1,4 +1,4 @@
-"""Tiny causal models of the reference and ours with the same numbers, and what the reference generates.
+"""Tiny models of the reference that generate, and ours with the same numbers, and what the reference generates.
 
 Matrices are drawn large, so that what follows depends on what stands before, and the best token is not a close call.
 """
@@ -21,6 +21,10 @@ COMMON = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 0, "eos_toke
 # Multiples of 16: batches of it run on turned matrices (on a CPU), single rows do not.
 SHARED_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 37}
+# Distances of all buckets occur; multiples of 16 in the one, for the same reason.
+TWO_HALVES = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+TWO_HALVES |= {"num_heads": 3, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 11}
+TWO_HALVES |= {"pad_token_id": PAD, "decoder_start_token_id": 5, "eos_token_id": 2, "initializer_factor": 1.5}
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(n_positions=ROOM, n_embd=21, n_layer=2, n_head=3, n_inner=37, **COMMON),
     "mistral": lambda: transformers.MistralConfig(
@@ -29,6 +33,8 @@ CONFIGS: dict[str, Any] = {
     "roberta": lambda: transformers.RobertaConfig(
         hidden_size=21, num_attention_heads=3, max_position_embeddings=ROOM, is_decoder=True, **SIZES, **COMMON
     ),
+    "t5": lambda: transformers.T5Config(**TWO_HALVES),
+    "umt5": lambda: transformers.UMT5Config(**TWO_HALVES),
 }
 
 
@@ -45,7 +51,8 @@ def twins(name: str) -> Twins:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = CONFIGS[name]()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     directory = Path(mkdtemp(prefix="generation-"))
     model.save_pretrained(directory)
     ours, _ = converters.load(directory)
@@ -81,5 +88,6 @@ def reference(model: Any, ids: np.ndarray, mask: np.ndarray | None = None, *, en
     }
     model.generation_config.eos_token_id = None  # it would be taken where `ends` is None
     with torch.inference_mode():
-        found = model.generate(torch.from_numpy(ids), **given, **options)[:, ids.shape[1] :].numpy()
+        found = model.generate(torch.from_numpy(ids), **given, **options)
+    found = found[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :].numpy()
     return np.pad(found, ((0, 0), (0, most - found.shape[1])), constant_values=PAD)
