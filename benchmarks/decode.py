@@ -1,8 +1,9 @@
 """How fast are tokens generated, against torch's `generate` and against reading all weights once a token?
 
-`python -m benchmarks.decode` runs GPT-2's and a 100M Llama's shape with random weights (the same in both), float32, the
-best token, no end. *floor* is the time in which a program reads every parameter once, the best of the run: a token
-cannot be had for less, whatever the batch.
+`python -m benchmarks.decode` runs the shapes of GPT-2, of a Llama of 100M parameters and of T5-small with random
+weights (the same in both), float32, the best token or the best of 4 beams, no end. *floor* is the time in which a
+program reads every parameter once that a token needs, the best of the run: it cannot be had for less, whatever the
+batch. Of T5 that is its decoder, without what is computed of the memory once, and the output.
 """
 
 import argparse
@@ -18,47 +19,52 @@ import jax.numpy as jnp
 import numpy as np
 
 import converters
-from eqx_transformers import generate
+from eqx_transformers import T5, generate
 
 from .timing import interleaved, machine, medians, seconds, table
 
 COMPILING = "/jax/core/compile/backend_compile_duration"
-SIZES = ["1x64", "8x64", "1x512", "8x512"]
+SIZES = {"gpt2-small": ["1x64", "8x64", "1x512", "8x512"], "t5-small": ["8x64"]}
+SIZES["llama-100m"] = SIZES["gpt2-small"]
+BEAMS = {"gpt2-small": [1], "llama-100m": [1], "t5-small": [1, 4]}
 NEW = 64
 
 
 class Case(NamedTuple):
-    """A batch of prompts, and our first call's time and its part that was compiling."""
+    """A batch of prompts, in how many beams each, and our first call's time and its part that was compiling."""
 
     ids: np.ndarray
+    beams: int
     compile_s: float
     first_s: float
 
     @property
     def name(self) -> str:
-        return f"{self.ids.shape[0]}x{self.ids.shape[1]}"
+        size = f"{self.ids.shape[0]}x{self.ids.shape[1]}"
+        return size if self.beams == 1 else f"{size}, {self.beams} beams"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generation against torch and against reading all weights.")
-    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="BATCHxPROMPT")
+    parser.add_argument("--model", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--sizes", nargs="+", metavar="BATCHxPROMPT")
+    parser.add_argument("--beams", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{NEW} new tokens, float32; {machine()}, torch {reference_version()}")
-    sizes = [(int(batch), int(length)) for batch, length in (size.split("x") for size in args.sizes)]
-    for name in args.models:
+    for name in args.model:
         print(f"\n{name}")
-        report(name, sizes, args.rounds)
+        sizes = [size.split("x") for size in args.sizes or SIZES[name]]
+        report(name, [(int(a), int(b), n) for a, b in sizes for n in args.beams or BEAMS[name]], args.rounds)
 
 
-def report(name: str, sizes: list[tuple[int, int]], rounds: int) -> None:
+def report(name: str, sizes: list[tuple[int, int, int]], rounds: int) -> None:
     reference, model = twins(name)
-    cases = [first(model, prompts(reference, *size)) for size in sizes]
+    cases = [first(model, prompts(reference, *size), beams) for *size, beams in sizes]
     calls = {"floor": floor(model)}
     for case in cases:
-        calls |= {f"{case.name} torch {n}": theirs(reference, case.ids, n) for n in (1, NEW)}
-        calls |= {f"{case.name} ours {n}": ours(model, case.ids, n) for n in (1, NEW)}
+        calls |= {f"{case.name} torch {n}": theirs(reference, case.ids, n, case.beams) for n in (1, NEW)}
+        calls |= {f"{case.name} ours {n}": ours(model, case.ids, n, case.beams) for n in (1, NEW)}
     times = interleaved(calls, rounds)
     least, found = min(times["floor"]), medians(times)
     header = ["size", "torch s", "ours s", "torch / ours", "torch ms/token", "ours ms/token", "torch / ours"]
@@ -125,22 +131,22 @@ def compiling() -> Iterator[list[float]]:
         active = False  # listeners cannot be taken back
 
 
-def first(model: Any, ids: np.ndarray) -> Case:
+def first(model: Any, ids: np.ndarray, beams: int) -> Case:
     with compiling() as compiled:
-        spent = seconds(ours(model, ids, NEW))
-    return Case(ids, sum(compiled), spent)
+        spent = seconds(ours(model, ids, NEW, beams))
+    return Case(ids, beams, sum(compiled), spent)
 
 
-def ours(model: Any, ids: np.ndarray, new: int) -> Callable[[], Any]:
+def ours(model: Any, ids: np.ndarray, new: int, beams: int = 1) -> Callable[[], Any]:
     # The same slots for every number of tokens, so that one program runs them all.
-    return lambda: generate(model, ids, max_new_tokens=new)
+    return lambda: generate(model, ids, max_new_tokens=new, beams=beams)
 
 
-def theirs(reference: Any, ids: np.ndarray, new: int) -> Callable[[], Any]:
+def theirs(reference: Any, ids: np.ndarray, new: int, beams: int) -> Callable[[], Any]:
     import torch
 
     given = torch.from_numpy(ids)
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
 
     @torch.inference_mode()
     def call():
@@ -150,8 +156,13 @@ def theirs(reference: Any, ids: np.ndarray, new: int) -> Callable[[], Any]:
 
 
 def floor(model: Any) -> Callable[[], Any]:
-    """Reads every parameter once."""
+    """Reads every parameter once that a token needs."""
     arrays = eqx.filter(model, eqx.is_inexact_array)
+    if isinstance(model, T5):
+        remembered = lambda m: [
+            part for b in m.decoder.stack.blocks for part in (b.cross_attention.key_proj, b.cross_attention.value_proj)
+        ]
+        arrays = eqx.tree_at(lambda m: [m.encoder, *remembered(m)], arrays, replace_fn=lambda _: None)
     total = jax.jit(lambda arrays: sum(jnp.sum(x) for x in jax.tree.leaves(arrays)))
     return lambda: total(arrays)
 
@@ -181,7 +192,13 @@ def llama() -> Any:
     )
 
 
-CONFIGS = {"GPT-2 small": gpt2, "Llama 100M": llama}
+def t5() -> Any:
+    import transformers
+
+    return transformers.T5Config(decoder_start_token_id=0)
+
+
+CONFIGS = {"gpt2-small": gpt2, "llama-100m": llama, "t5-small": t5}
 
 
 def twins(name: str) -> tuple[Any, Any]:
@@ -192,7 +209,9 @@ def twins(name: str) -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    config = CONFIGS[name]()
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    reference = auto.from_config(config).eval()
     with tempfile.TemporaryDirectory() as directory:
         reference.save_pretrained(directory)
         model, _ = converters.load(directory)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .loop import Ends, Prompt, Start, column, over_rows, start_of, stepped, wide
-from .processors import SoFar, processed
+from .processors import SoFar, highest, processed
 from .turned import for_rows
 
 NEVER = -1e9  # a score that is out of the running, as a number that can be added
@@ -112,10 +112,10 @@ def candidates(
     one = lambda s, ids, real: processed(processors, s, SoFar(ids, real, index, search.new))
     likely = jax.vmap(one)(jax.nn.log_softmax(scores), flat(search.ids), flat(search.real))
     total = (likely.reshape(batch, beams, vocab) + search.running[..., None]).reshape(batch, -1)
-    best, place = jax.lax.top_k(total, keep)
+    scores, place = highest(total, keep)
     token = place % vocab
     ended = jnp.any(token[..., None] == ends.ids[None, None, :], axis=-1) | (search.new + 1 >= rule.bound)
-    return Candidates(best, place // vocab, token, ended)
+    return Candidates(scores, place // vocab, token, ended)
 
 
 def updated(
@@ -124,7 +124,7 @@ def updated(
     """With one more token: the beams that go on, with the caches of those that they continue, and what has ended."""
     found = candidates(search, scores, prompt, processors, ends, rule)
     new = search.new + 1
-    running, chosen = jax.lax.top_k(found.scores + jnp.where(found.ended, NEVER, 0.0), rule.beams)
+    running, chosen = highest(found.scores + jnp.where(found.ended, NEVER, 0.0), rule.beams)
     from_beam, token = pick(found.beam, chosen), pick(found.token, chosen)
     at = prompt + search.new
     grow = lambda x, last: jax.lax.dynamic_update_slice_in_dim(pick(x, from_beam), last[..., None], at, 2)
@@ -146,7 +146,9 @@ def updated(
     )
     rows = flat(from_beam + rule.beams * jnp.arange(len(token))[:, None])
     # Beams of one row look at one memory: nothing of it moves.
-    return search._replace(cache=over_rows(lambda x: x[rows], search.cache, memory=False))
+    return search._replace(
+        cache=over_rows(lambda x: x.at[rows].get(mode="promise_in_bounds"), search.cache, memory=False)
+    )
 
 
 def remembered(
@@ -159,7 +161,7 @@ def remembered(
     out = (full | ~search.open)[:, None]
     scores = scores + jnp.where(out, NEVER, 0.0) + jnp.where(ended, 0.0, NEVER)
     joined = lambda a, b: jnp.concatenate([a, b], axis=1)
-    best, chosen = jax.lax.top_k(joined(search.scores, scores), rule.beams)
+    best, chosen = highest(joined(search.scores, scores), rule.beams)
     tokens = joined(search.tokens, _written(search, found, prompt, ends))
     return pick(tokens, chosen), best, pick(joined(search.finished, ended), chosen)
 
