@@ -61,6 +61,9 @@ def from_arrays(
           (1e-5), `lambda_e` (`d_model ** -0.5`), `lambda_pe` (1), `tau` (`d_k ** -0.5`). `use_bias` and `merge` ("sum"
           or "concatenate") say which of the two models it is: with biases the article's, whose heads are summed.
 
+        - "t5-vae-torch": the T5-VAE of 2020, by the names of its state dict. `ae_latent_size`, `set_seq_size`, and the
+          config of its T5 under `t5`. It makes a `T5VAE`.
+
       Sizes that are missing are those of the arrays; a nested dictionary of arrays will do.
     - `head`: of "roberta-tf", a classifier's parameters make a `SequenceClassifier`, others an `Encoder`, and
       `MaskedLM` or `SentenceEmbedder` may be asked for (others are put on the encoder by `Head.of`). The others make a

@@ -1,17 +1,34 @@
-"""The examples of docs/generation.md run as they stand."""
+"""The examples of docs/generation.md and docs/t5.md run as they stand."""
 
 import re
 from pathlib import Path
+from typing import Any
 
-PAGE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_examples_run_in_order(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict = {}
+def run(page: str) -> tuple[int, dict[str, Any]]:
+    """How many examples a page has, and what they leave behind."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 2
+    return len(blocks), names
+
+
+def test_the_examples_of_generation_run_in_order(capsys):
+    count, names = run("generation.md")
+    assert count == 2
     assert names["best"].shape == names["sampled"].shape == (2, 8)
     assert names["found"].tokens.shape == (2, 3, 8)
     assert len(capsys.readouterr().out.splitlines()) >= 8
+
+
+def test_the_examples_of_t5_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count, names = run("t5.md")
+    assert count == 2
+    assert names["logits"].shape == (2, 3, 32128) and names["tokens"].shape == (2, 8)
+    assert names["codes"].shape == (2, 1, 16) and names["between"].shape == (5, 1, 16)
+    assert float(names["value"]) > 0 and names["drawn"].shape == (3, 6)
+    assert capsys.readouterr().out.count("\n") == 6 and (tmp_path / "plane.png").stat().st_size > 10_000
