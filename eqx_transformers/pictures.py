@@ -106,7 +106,7 @@ def _line(plane: Any, way: np.ndarray) -> None:
     dark = "#333333"
     plane.plot(*way.T, color=dark, linewidth=1.2, marker=".", markersize=6, zorder=3)
     for end, marker in ((way[0], "o"), (way[-1], "s")):
-        plane.plot(*end, marker, markersize=9, markerfacecolor="white", markeredgecolor=dark, zorder=4)
+        plane.plot(*end, marker, markersize=12, markerfacecolor="none", markeredgecolor=dark, zorder=4)
 
 
 def _label(figure: Any, plane: Any, where: np.ndarray, labels: Sequence[str | None]) -> None:

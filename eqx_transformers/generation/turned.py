@@ -1,8 +1,8 @@
 """Matrices turned once before a loop, where a CPU multiplies a few rows faster by the turned ones.
 
 `x Wᵀ` reads a row of `W` for every number of the result. For one row of `x` that runs at the speed of memory; for
-many, the matrix product first puts `W` in another order, at a cost that does not matter. For a few it is neither: a
-token of a GPT-2 at batch 8 takes two thirds of the time with a `W` that is stored the other way round.
+many, the matrix product first puts `W` in another order, at a cost that does not matter. For a few it is neither: at
+batch 8, a token of a GPT-2 takes two thirds of the time with matrices that are stored the other way round.
 The price is a second copy of these matrices for as long as the loop runs, and to make it once.
 """
 
@@ -11,58 +11,106 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ..nn import Linear
+from ..nn import Embedding, Linear
 from ..nn._dtypes import wider
 from ..nn._errors import expect_last_axis
 
 Tree = TypeVar("Tree")
-FEWEST, MOST = 2, 16  # rows between which it pays
+FEWEST, MOST = 2, 32  # rows between which it pays
 ALIGNED = 16  # numbers: rows of another length than a multiple lie across cache lines, which loses what turning gains
 
 
-class TurnedLinear(eqx.Module):
-    """What a `Linear` computes; `turned` is its weight, `in_features out_features`."""
+class Turned(eqx.Module):
+    """A matrix the other way round, with columns of zeros to a multiple of `ALIGNED`; `size` are its own."""
 
-    turned: Float[Array, "in_features out_features"]
+    weight: Float[Array, "inner wide"]
+    size: int = eqx.field(static=True)
+
+    def __init__(self, weight: Float[Array, "outer inner"]):
+        self.size = weight.shape[-2]
+        wide = jnp.pad(weight.T, ((0, 0), (0, -self.size % ALIGNED)))
+        # The barrier keeps XLA from reading the matrix in its old order, which turning it would otherwise become.
+        self.weight = jax.lax.optimization_barrier(wide)
+
+    @property
+    def back(self) -> Float[Array, "outer inner"]:
+        return self.weight.T[: self.size]
+
+    def contract(self, x: Float[Array, "*axes inner"]) -> Float[Array, "*axes outer"]:
+        """What `nn.linear.contract` computes with the matrix itself."""
+        wide = wider(x.dtype, self.weight.dtype)
+        axes = (((x.ndim - 1,), (0,)), ((), ()))
+        sums = wider(wide, jnp.float32)
+        y = jax.lax.dot_general(x.astype(wide), self.weight.astype(wide), axes, preferred_element_type=sums)
+        return y[..., : self.size]
+
+
+class TurnedLinear(eqx.Module):
+    """What a `Linear` computes."""
+
+    turned: Turned
     bias: Float[Array, " out_features"] | None
 
     @property
     def weight(self) -> Float[Array, "out_features in_features"]:
-        return self.turned.T
+        return self.turned.back
 
     @property
     def in_features(self) -> int:
-        return self.turned.shape[-2]
+        return self.turned.weight.shape[-2]
 
     @property
     def out_features(self) -> int:
-        return self.turned.shape[-1]
+        return self.turned.size
 
     def __call__(self, x: Float[Array, "*axes {self.in_features}"]) -> Float[Array, "*axes {self.out_features}"]:
         expect_last_axis(self, "in_features", self.in_features, x.shape)
-        wide = wider(x.dtype, self.turned.dtype)
-        axes = (((x.ndim - 1,), (0,)), ((), ()))
-        sums = wider(wide, jnp.float32)
-        y = jax.lax.dot_general(x.astype(wide), self.turned.astype(wide), axes, preferred_element_type=sums)
+        y = self.turned.contract(x)
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias.astype(y.dtype), y.shape)
         return y.astype(x.dtype)
 
 
+class TurnedEmbedding(eqx.Module):
+    """What an `Embedding` computes: rows of the table as it is, scores by the turned one."""
+
+    table: Embedding
+    turned: Turned
+
+    @property
+    def weight(self) -> Float[Array, "vocab_size embed_dim"]:
+        return self.table.weight
+
+    @property
+    def vocab_size(self) -> int:
+        return self.table.vocab_size
+
+    @property
+    def embed_dim(self) -> int:
+        return self.table.embed_dim
+
+    def __call__(self, ids: Int[Array, "*axes"]) -> Float[Array, "*axes {self.embed_dim}"]:
+        return self.table(ids)
+
+    def attend(self, x: Float[Array, "*axes {self.embed_dim}"]) -> Float[Array, "*axes {self.vocab_size}"]:
+        expect_last_axis(self, "embed_dim", self.embed_dim, x.shape)
+        return self.turned.contract(x).astype(x.dtype)
+
+
 def for_rows(model: Tree, rows: int) -> Tree:
     """`model` as it runs fastest on so many rows of one token each; the same numbers but for the order of sums.
 
-    To be called inside of `jit`, before the loop: outside, the copy would stay.
+    To be called inside of `jit`, before the loop: outside, the copies would stay, and those that the loop does not use
+    would be made (tables that nothing is scored against, an encoder).
     """
     if jax.default_backend() != "cpu" or not FEWEST <= rows <= MOST:
         return model
-    return jax.tree.map(_turned, model, is_leaf=lambda node: isinstance(node, Linear))
+    return jax.tree.map(_turned, model, is_leaf=lambda node: isinstance(node, Linear | Embedding))
 
 
 def _turned(node: Any) -> Any:
-    if not isinstance(node, Linear) or node.weight.ndim != 2 or node.out_features % ALIGNED:
-        return node
-    # The barrier keeps XLA from reading the matrix in its old order, which the transposition would otherwise become.
-    return TurnedLinear(jax.lax.optimization_barrier(node.weight.T), node.bias)
+    if isinstance(node, Linear) and node.weight.ndim == 2:
+        return TurnedLinear(Turned(node.weight), node.bias)
+    return TurnedEmbedding(node, Turned(node.weight)) if isinstance(node, Embedding) else node

@@ -11,7 +11,7 @@ import pytest
 from eqx_transformers import CausalLM, generate, stack
 from eqx_transformers.generation import loop
 from eqx_transformers.generation.request import ends_of, number
-from eqx_transformers.generation.turned import TurnedLinear, for_rows
+from eqx_transformers.generation.turned import TurnedEmbedding, TurnedLinear, for_rows
 
 from ..models.ours import call, make
 from .twins import ENDS, PAD, ROOM, VOCAB, padded, prompts, reference, twins
@@ -245,14 +245,28 @@ def test_a_cache_of_a_given_length_serves_all_that_fit(traced):
 def test_a_few_rows_run_on_turned_matrices():
     """On a CPU, where they are turned: what the batches above have run on, and single rows have not."""
     model = twins("mistral").ours
-    is_turned = lambda node: isinstance(node, TurnedLinear)
+    is_turned = lambda node: isinstance(node, TurnedLinear | TurnedEmbedding)
     turned = lambda rows: sum(map(is_turned, jax.tree.leaves(for_rows(model, rows), is_leaf=is_turned)))
-    few = 2 * 7 if jax.default_backend() == "cpu" else 0  # all of both blocks, and not the 61 rows of the output
-    assert [turned(rows) for rows in (1, 2, 16, 17)] == [0, few, few, 0]
-    old, new = model.backbone.stack.blocks[0].mlp.down_proj, for_rows(model, 3).backbone.stack.blocks[0].mlp.down_proj
-    x = jax.random.normal(jax.random.key(0), (3, 5, old.in_features))
-    np.testing.assert_allclose(new(x), old(x), rtol=0, atol=1e-5)
-    assert new.weight.shape == (new.out_features, new.in_features) == old.weight.shape
+    few = 2 * 7 + 2 if jax.default_backend() == "cpu" else 0  # all of both blocks, the tokens, the output of 61 rows
+    assert [turned(rows) for rows in (1, 2, 32, 33)] == [0, few, few, 0]
+    for part in (lambda m: m.backbone.stack.blocks[0].mlp.down_proj, lambda m: m.head.decoder):
+        old, new = part(model), part(for_rows(model, 3))
+        x = jax.random.normal(jax.random.key(0), (3, 5, old.in_features))
+        np.testing.assert_allclose(new(x), old(x), rtol=0, atol=1e-5)
+        assert new.weight.shape == (new.out_features, new.in_features) == old.weight.shape
+        np.testing.assert_array_equal(new.weight, old.weight)
+
+
+def test_a_tied_table_is_turned_for_its_scores_alone(unchecked):
+    model = twins("gpt2").ours
+    old, new = model.backbone.embedding.tokens, for_rows(model, 3).backbone.embedding.tokens
+    assert (new.vocab_size, new.embed_dim) == (old.vocab_size, old.embed_dim) and new.weight is old.weight
+    ids = prompts(2, 5)
+    np.testing.assert_array_equal(new(jnp.asarray(ids)), old(jnp.asarray(ids)))
+    x = jax.random.normal(jax.random.key(0), (3, 5, old.embed_dim))
+    np.testing.assert_allclose(new.attend(x), old.attend(x), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="embed_dim"):
+        new.attend(x[..., :-1])
 
 
 def moved(text, shape):
