@@ -103,7 +103,7 @@ def generate(
     _expect_unset("beams = 1", {"length_penalty": length_penalty, "early_stopping": early_stopping})
     if key is None:
         _expect_unset("without a key the best token is taken", sampling)
-    ends = ends_of(end_ids, padding_id)
+    ends = ends_of(end_ids, padding_id, model)
     processors = changing(ends, **more) + filtering(**sampling)
     new = whole("max_new_tokens", max_new_tokens, 1)
     prompt = prompt_of(model, token_ids, attention_mask, memory, new, cache_length)
@@ -143,7 +143,7 @@ def beam_search(
 
     All else is as in `generate`. A row needs `beams` times its cache. Source: transformers' beam search, 5.x.
     """
-    ends = ends_of(end_ids, padding_id)
+    ends = ends_of(end_ids, padding_id, model)
     if early_stopping != "never" and not isinstance(early_stopping, bool | np.bool_):
         raise ValueError(f"early_stopping must be True, False or 'never', but it is {early_stopping!r}.")
     length_penalty = real_number("length_penalty", length_penalty, "a number", lambda x: True)

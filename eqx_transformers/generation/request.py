@@ -169,12 +169,18 @@ def _placed(ids: np.ndarray, real: np.ndarray, width: int) -> tuple[np.ndarray, 
     return np.pad(np.where(real, ids, 0), left), np.pad(real, left)
 
 
-def ends_of(end_ids: int | Sequence[int] | None, padding_id: int | None) -> Ends:
-    """`end_ids` as an array; `padding_id` is the first of them unless given, or 0."""
+def ends_of(end_ids: int | Sequence[int] | None, padding_id: int | None, model: Any = None) -> Ends:
+    """`end_ids` as an array; `padding_id` is the first of them unless given, or 0.
+
+    Raises a `ValueError` for an end that is not in the vocabulary that the model's config names: it would never come.
+    """
     given = [] if end_ids is None else np.asarray(end_ids).reshape(-1).tolist()
     for name, x in [*(("end_ids", x) for x in given), *([] if padding_id is None else [("padding_id", padding_id)])]:
         if not isinstance(x, int | np.integer) or isinstance(x, bool) or not 0 <= x < 2**31:
             raise ValueError(f"{name} must be token ids, whole numbers from 0, but there is {x!r}.")
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is not None and given and max(given) >= vocab_size:
+        raise ValueError(f"end_ids: there is {max(given)}, but the model has {vocab_size} tokens, from 0 on.")
     padding = padding_id if padding_id is not None else given[0] if given else 0
     return Ends(jax.device_put(np.array(list(dict.fromkeys(given)), np.int32)), number(padding, np.int32))
 
@@ -188,7 +194,11 @@ def changing(
         found.append(RepetitionPenalty(number(repetition_penalty)))
     if no_repeat_ngram is not None:
         found.append(NoRepeatNgram(whole("no_repeat_ngram", no_repeat_ngram, 1)))
-    if whole("min_new_tokens", min_new_tokens, 0) and len(ends.ids):
+    if whole("min_new_tokens", min_new_tokens, 0):
+        if not len(ends.ids):
+            raise ValueError(
+                f"min_new_tokens = {min_new_tokens}: no effect here, for nothing ends a row: give end_ids."
+            )
         found.append(MinNewTokens(ends.ids, number(min_new_tokens, np.int32)))
     return tuple(found)
 

@@ -19,6 +19,7 @@ from eqx_transformers import (
     T5_V1,
     T5_V1_1,
     T5VAE,
+    TORCH_T5_VAE,
     CausalLM,
     GPT2Config,
     T5VAEConfig,
@@ -78,6 +79,9 @@ def test_what_the_published_config_cannot_say_is_not_exported(tmp_path):
     model = T5VAE(T5VAEConfig(t5=TINY, latent_dim=7), key=KEY)
     with pytest.raises(ConversionError, match=r"The reference library has no 't5_vae'.*eqx_transformers\.save"):
         converters.export(model, tmp_path / "out")
+    older = T5VAE(replace(TORCH_T5_VAE, t5=TINY, max_tokens=6), key=KEY)
+    with pytest.raises(ConversionError, match="The reference library has no 't5_vae_torch'"):
+        converters.export(older, tmp_path / "out")
     odd = T5VAE(replace(FLAX_T5_VAE, t5=TINY, as_published=False), key=KEY)
     with pytest.raises(ConversionError, match="as_published = False"):
         converters.export(odd, tmp_path / "out")

@@ -332,6 +332,8 @@ def test_the_cache_is_written_in_place():
         ({"end_ids": 2.5}, "end_ids must be token ids, whole numbers from 0, but there is 2.5"),
         ({"padding_id": -100}, "padding_id must be token ids"),
         ({"min_new_tokens": -1}, "min_new_tokens must be a whole number, at least 0"),
+        ({"min_new_tokens": 2}, "min_new_tokens = 2: no effect here, for nothing ends a row: give end_ids"),
+        ({"end_ids": [3, VOCAB]}, "end_ids: there is 61, but the model has 61 tokens, from 0 on"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be more than 0, but it is 0.0"),
         ({"no_repeat_ngram": 0}, "no_repeat_ngram must be a whole number, at least 1"),
         ({"temperature": 0.0, "key": jax.random.key(0)}, r"temperature must be more than 0 \(without a key, the best"),
