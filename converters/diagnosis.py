@@ -64,7 +64,7 @@ def _whole(numbers: set[int]) -> bool:
 
 
 # What files call the token embedding, and the matrix of an output.
-EMBEDDINGS = ("word_embeddings", "embed_tokens", "wte")
+EMBEDDINGS = ("word_embeddings", "embed_tokens", "wte", "shared")
 OUTPUTS = tuple(f"{name}{last}" for name in ("decoder", "lm_head") for last in (".weight", "/kernel"))
 
 

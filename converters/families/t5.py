@@ -270,7 +270,7 @@ READ = {"eos_token_id", "decoder_start_token_id"}
 FAMILY = Family(
     model_type="t5",
     defaults=T5_V1,
-    architectures=architectures("T5"),
+    architectures=architectures("T5") | {"T5WithLMHeadModel": T5},  # as the first files call it
     like={},
     carries={},
     prefix=PREFIX,
@@ -322,6 +322,7 @@ UMT5_FAMILY = replace(
     defaults=replace(UMT5, tied=True),
     architectures=architectures("UMT5"),
     facts=facts(MT5, 0, feed_forward("gated-gelu"), TIED_AND_SCALED),
+    irrelevant=FAMILY.irrelevant | {"scalable_attention"},  # published files say it, no version reads it
     flax=None,
     settle=settle,
 )

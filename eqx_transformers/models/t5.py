@@ -24,7 +24,33 @@ from .t5_parts import Memory, T5Half
 Key = PRNGKeyArray | None
 
 
-class T5Encoder(eqx.Module):
+class Reader(eqx.Module):
+    """What all of T5's models share: a table of tokens and an encoder that reads them."""
+
+    embedding: eqx.AbstractVar[eqx.Module]
+    encoder: eqx.AbstractVar[T5Half]
+
+    @property
+    def room(self) -> None:
+        """How many tokens a sequence may have: distances have no end."""
+        return None
+
+    @property
+    def hidden_id(self) -> None:
+        """Without a mask, all tokens are seen."""
+        return None
+
+    def encoded(self, token_ids: Ids, attention_mask: Attended | None, key: Key) -> Float[Array, "seq embed_dim"]:
+        """The encoder's hidden states."""
+        ids: Any = whole_numbers("token_ids", token_ids)
+        mask = mask_of(attention_mask, None, len(ids), causal=False)
+        with within("embedding"):
+            x = self.embedding(ids)
+        with within("encoder"):
+            return self.encoder(x, mask, key=key)
+
+
+class T5Encoder(Reader):
     """Token ids -> hidden states `seq embed_dim`: the first half of a T5. One sequence; `jax.vmap` it."""
 
     embedding: eqx.Module
@@ -39,16 +65,6 @@ class T5Encoder(eqx.Module):
         self.padding_id = config.padding_id
         self.config = config
 
-    @property
-    def room(self) -> None:
-        """How many tokens a sequence may have: distances have no end."""
-        return None
-
-    @property
-    def hidden_id(self) -> None:
-        """Without a mask, all tokens are seen."""
-        return None
-
     def __call__(
         self, token_ids: Ids, *, attention_mask: Attended | None = None, key: Key = None
     ) -> Float[Array, "seq embed_dim"]:
@@ -57,31 +73,19 @@ class T5Encoder(eqx.Module):
         `key` switches dropout on. Raises a `ValueError` for a batch (`jax.vmap` the model) and for floating-point ids
         or masks.
         """
-        return encoded(self, token_ids, attention_mask, key)
+        return self.encoded(token_ids, attention_mask, key)
 
 
-class EncoderDecoder(eqx.Module):
+class EncoderDecoder(Reader):
     """What the two models with both halves share: `embedding` serves both.
 
     A decoder's input is what stands before each token that it predicts: it begins with `start_id`.
     """
 
-    embedding: eqx.AbstractVar[eqx.Module]
-    encoder: eqx.AbstractVar[T5Half]
     decoder: eqx.AbstractVar[T5Half]
     padding_id: eqx.AbstractVar[int | None]
     start_id: eqx.AbstractVar[int | None]
     config: eqx.AbstractVar[Any]
-
-    @property
-    def room(self) -> None:
-        """How many tokens a sequence may have: distances have no end."""
-        return None
-
-    @property
-    def hidden_id(self) -> None:
-        """Without a mask, all tokens are seen."""
-        return None
 
     @property
     def counts_padding(self) -> bool:
@@ -93,7 +97,7 @@ class EncoderDecoder(eqx.Module):
 
         `attention_mask` is ` seq`: 1 or True where a token exists.
         """
-        states = encoded(self, token_ids, attention_mask, key)
+        states = self.encoded(token_ids, attention_mask, key)
         return Memory(states, real_of(attention_mask, len(states)))
 
     def decoded(
@@ -275,16 +279,6 @@ class T5(EncoderDecoder):
 
 def table(config: T5Config, *, key: PRNGKeyArray) -> Embedding:
     return Embedding(config.vocab_size, config.embed_dim, init=config.drawn(1.0), key=key)
-
-
-def encoded(model: Any, token_ids: Ids, attention_mask: Any, key: Key) -> Float[Array, "seq embed_dim"]:
-    """The encoder's hidden states."""
-    ids: Any = whole_numbers("token_ids", token_ids)
-    mask = mask_of(attention_mask, None, len(ids), causal=False)
-    with within("embedding"):
-        x = model.embedding(ids)
-    with within("encoder"):
-        return model.encoder(x, mask, key=key)
 
 
 def shifted(token_ids: Integer[Array | np.ndarray, " seq"], start_id: int | None) -> Integer[Array, " seq"]:

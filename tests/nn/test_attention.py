@@ -22,10 +22,12 @@ def turned(x, rotation):
     return np.concatenate([y.real, y.imag], -1)
 
 
-def literal(m, x, allowed=None, bias=None, rotation=None):
-    """softmax(q k^T s + bias) v for one head and one query at a time; x is `seq embed_dim`."""
-    split = lambda proj, heads: linear(proj, f64(x)).reshape(len(x), heads, -1)
-    q, k, v = split(m.query_proj, m.num_heads), split(m.key_proj, m.num_kv_heads), split(m.value_proj, m.num_kv_heads)
+def literal(m, x, allowed=None, bias=None, rotation=None, memory=None):
+    """softmax(q k^T s + bias) v for one head and one query at a time; x is `seq embed_dim`, as is what it looks at."""
+    other = x if memory is None else memory
+    split = lambda x, proj, heads: linear(proj, f64(x)).reshape(len(x), heads, -1)
+    q, k = split(x, m.query_proj, m.num_heads), split(other, m.key_proj, m.num_kv_heads)
+    v = split(other, m.value_proj, m.num_kv_heads)
     q, k = (y if norm is None else rms_norm(norm, y) for norm, y in ((m.query_norm, q), (m.key_norm, k)))
     q, k = (y if rotation is None else turned(y, rotation) for y in (q, k))
     near = True if m.window is None else np.subtract.outer(np.arange(len(x)), np.arange(len(x))) < m.window
@@ -35,7 +37,7 @@ def literal(m, x, allowed=None, bias=None, rotation=None):
     for h in range(m.num_heads):
         shared = h // (m.num_heads // m.num_kv_heads)
         for i in range(len(x)):
-            seen = np.broadcast_to(allowed, (m.num_heads, SEQ, SEQ))[h, i]
+            seen = np.broadcast_to(allowed, (m.num_heads, len(x), len(other)))[h, i]
             if not seen.any():
                 out[i, h] = v[:, shared].mean(0) if m.empty == "uniform" else 0
                 continue
@@ -83,6 +85,40 @@ def test_attention_is_its_formula(name):
         np.testing.assert_allclose(got, literal(m, x, allowed, b), rtol=1e-4, atol=2e-5)
 
 
+REMEMBERED = np.array([False, True, True, True, False, True, False])
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "grouped heads", "own head_dim and scale", "own value_dim", "norms of heads"]
+)
+def test_a_memory_gives_the_keys_and_values_and_what_is_remembered_of_it_is_recalled(name):
+    m = MODULES[name]
+    x, memory = random(SEQ, m.query_proj.in_features), random(7, m.query_proj.in_features, seed=2)
+    mask, bias = nn.Mask(keys=jnp.asarray(REMEMBERED)), random(m.num_heads, SEQ, 7, seed=3)
+
+    @eqx.filter_jit
+    def run(m, x, memory):
+        kept = m.remember(memory, mask.keys)
+        calls = m(x, mask, memory=memory), m(x, mask, memory=memory, bias=bias), m(x, memory=memory)
+        return calls, (m.recall(x, kept), jnp.concatenate([m.recall(x[:2], kept), m.recall(x[2:], kept)])), kept
+
+    (masked, biased, plain), recalled, kept = run(m, x, memory)
+    expected = literal(m, x, REMEMBERED, memory=memory)
+    for got in (masked, *recalled):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(biased, literal(m, x, REMEMBERED, bias, memory=memory), rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(plain, literal(m, x, memory=memory), rtol=1e-4, atol=2e-5)
+    widths = [p.out_features // m.num_kv_heads for p in (m.key_proj, m.value_proj)]
+    assert [kept.keys.shape, kept.values.shape] == [(m.num_kv_heads, 7, width) for width in widths]
+    np.testing.assert_array_equal(kept.real, REMEMBERED)
+
+
+def test_nothing_remembered_is_zeros_before_the_output():
+    m, x = MODULES["plain"], random(SEQ, 6)
+    got = m.recall(x, m.remember(random(7, 6), jnp.zeros(7, bool)))
+    np.testing.assert_allclose(got, np.broadcast_to(f64(m.output_proj.bias), got.shape), rtol=1e-5, atol=1e-6)
+
+
 def test_options_make_what_they_say():
     norms = MODULES["norms of heads"]
     assert (norms.query_norm.dim, norms.key_norm.dim) == (6, 6)
@@ -93,6 +129,9 @@ def test_options_make_what_they_say():
     assert bare.output_proj.bias is None and bare.query_proj.bias is not None
     drawn = nn.Attention(6, 3, output_init=jax.nn.initializers.constant(0.5), key=KEY)
     assert (drawn.output_proj.weight == 0.5).all() and (drawn.query_proj.weight != 0.5).all()
+    drawn = nn.Attention(6, 3, query_init=jax.nn.initializers.constant(0.5), key=KEY)
+    assert (drawn.query_proj.weight == 0.5).all() and (drawn.output_proj.weight != 0.5).all()
+    assert (drawn.key_proj.weight != 0.5).all() and (drawn.value_proj.weight != 0.5).all()
 
 
 def test_leading_axes_are_examples_that_share_the_mask():

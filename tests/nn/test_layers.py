@@ -9,6 +9,8 @@ import torch
 
 from eqx_transformers import nn
 
+from ..compiling import as_users_do
+
 KEY = jax.random.key(0)
 AXES = [(), (5,), (2, 5), (3, 1, 5)]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -230,8 +232,24 @@ def test_parameters_start_as_documented():
     matrices = [drawn.up_proj, drawn.down_proj], [gated.gate_proj, gated.up_proj, gated.down_proj]
     for some in matrices:  # one key must not serve two matrices
         assert len({np.asarray(layer.weight).tobytes() for layer in some}) == len(some)
-    zero = nn.MLP(IN, IN, nn.relu, output_init=jax.nn.initializers.zeros, key=KEY)
-    assert zero.up_proj.weight.any() and not zero.down_proj.weight.any()
+    for kind in (nn.MLP, nn.GatedMLP):
+        zero = kind(IN, IN, nn.relu, output_init=jax.nn.initializers.zeros, key=KEY)
+        assert zero.up_proj.weight.any() and not zero.down_proj.weight.any()
+
+
+@pytest.mark.parametrize("kind", [nn.MLP, nn.GatedMLP])
+def test_an_mlp_drops_what_is_inside_and_nothing_without_a_key(kind):
+    rate, x = 0.25, random(90, IN)
+    layer = filled(kind(IN, IN, nn.relu, dropout=rate, key=KEY))
+    seen = eqx.tree_at(lambda m: m.down_proj, layer, eqx.nn.Identity())  # what is inside, where it is the result
+    inner, dropped, plain, result = eqx.filter_jit(lambda: (seen(x), seen(x, key=KEY), layer(x), layer(x, key=KEY)))()
+    kept = np.asarray(dropped != 0) | np.asarray(inner == 0)
+    np.testing.assert_allclose(dropped, np.where(kept, f64(inner) / (1 - rate), 0), rtol=1e-5)
+    there = np.asarray(inner != 0)
+    assert abs((~kept)[there].mean() - rate) < 0.1  # some 300 draws: four standard deviations
+    np.testing.assert_allclose(result, linear(layer.down_proj, f64(dropped)), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(plain, linear(layer.down_proj, f64(inner)), rtol=1e-5, atol=2e-5)
+    np.testing.assert_array_equal(eqx.nn.inference_mode(layer)(x, key=KEY), layer(x))
 
 
 # ---- activations
@@ -255,7 +273,8 @@ def test_an_activation_and_its_derivative_are_torchs(name):
     y.sum().backward()
     np.testing.assert_allclose(ours(jnp.asarray(x)), y.detach().numpy(), atol=2e-6)
     # 1 - tanh^2 keeps no more digits than 1 has, and gelu_tanh multiplies it by up to 20.
-    np.testing.assert_allclose(jax.grad(lambda x: ours(x).sum())(jnp.asarray(x)), there.grad.numpy(), atol=4e-6)
+    derivative = as_users_do(jax.grad(lambda x: ours(x).sum()))
+    np.testing.assert_allclose(derivative(jnp.asarray(x)), there.grad.numpy(), atol=4e-6)
 
 
 # ---- embedding
