@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .loop import Ends, Prompt, Start, column, over_rows, start_of, stepped, wide
+from .loop import Ends, Prompt, Start, growing, over, settled, start_of, step_of, stepped, wide
 from .processors import SoFar, highest, processed
 from .turned import for_rows
 
@@ -64,7 +64,7 @@ class Search(NamedTuple):
 
 def pick(x: Array, index: Int[Array, "batch chosen"]) -> Array:
     """The chosen ones of every row's beams."""
-    return jax.vmap(lambda x, i: x[i])(x, index)
+    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
 def flat(x: Array) -> Array:
@@ -77,7 +77,7 @@ def opened(start: Start, cache: Any, length: int, rule: Rule, ends: Ends) -> Sea
     alike = lambda x: jnp.repeat(wide(x, length)[:, None], beams, axis=1)
     first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER)[None, :], (batch, beams))
     return Search(
-        cache=over_rows(lambda x: jnp.repeat(x, beams, axis=0), cache),
+        cache=over(lambda x: jnp.repeat(x[:, None], beams, axis=1), growing(cache), cache),
         ids=alike(start.ids),
         real=alike(start.real),
         running=first,
@@ -144,11 +144,17 @@ def updated(
         more=open.any() & ~done & ~found.ended.all(),
         sound=search.sound & jnp.all(jnp.isfinite(found.scores[:, 0]) | ~search.open),
     )
-    rows = flat(from_beam + rule.beams * jnp.arange(len(token))[:, None])
-    # Beams of one row look at one memory: nothing of it moves.
-    return search._replace(
-        cache=over_rows(lambda x: x.at[rows].get(mode="promise_in_bounds"), search.cache, memory=False)
-    )
+    return search._replace(cache=over(lambda x: pick(x, from_beam), growing(search.cache), search.cache))
+
+
+def advanced(
+    model: Any, ids: Int[Array, "batch beams 1"], cache: Any, real: Bool[Array, "batch beams 1"]
+) -> tuple[Float[Array, "rows vocab"], Any]:
+    """The scores of every beam's next token, and the caches with these. The beams of a row look at one memory."""
+    axes = growing(cache)
+    one = jax.vmap(step_of(model), in_axes=(0, axes, 0), out_axes=(0, axes))
+    scores, cache = jax.vmap(one, in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
+    return flat(scores)[:, -1].astype(jnp.float32), cache
 
 
 def remembered(
@@ -195,9 +201,9 @@ def run(
     model = for_rows(model, rows * rule.beams)
 
     def turn(search: Search) -> Search:
-        last = width + search.new - 1
-        scores, cache = stepped(model, column(flat(search.ids), last), search.cache, column(flat(search.real), last))
+        at = lambda x: jax.lax.dynamic_slice_in_dim(x, width + search.new - 1, 1, axis=2)
+        scores, cache = advanced(model, at(search.ids), search.cache, at(search.real))
         return updated(search._replace(cache=cache), scores, width, processors, ends, rule)
 
-    search = jax.lax.while_loop(lambda search: search.more, turn, search)
+    search = jax.lax.while_loop(lambda search: search.more, turn, settled(search))
     return Beams(search.tokens, search.scores), search.sound

@@ -78,20 +78,30 @@ def _caches(make: Callable[[Any], Any], rows: Any) -> Any:
     return jax.vmap(make, out_axes=axes)(rows)
 
 
-def over_rows(f: Callable[[Array], Array], cache: C, *, memory: bool = True) -> C:
-    """The cache with `f` of every array that has rows; without `memory`, of what changes from token to token alone."""
-    is_memory = lambda x: isinstance(x, MemoryCache) and not memory
-    change = lambda axis, x: x if axis is None or is_memory(axis) else f(x)
-    return jax.tree.map(change, cache.axes, cache, is_leaf=lambda x: x is None or is_memory(x))
+def growing(cache: C) -> C:
+    """`in_axes` of what changes from token to token: 0, and None for what does not, and for what all rows share."""
+    is_memory = lambda x: isinstance(x, MemoryCache)
+    return jax.tree.map(lambda axis: None if is_memory(axis) else axis, cache.axes, is_leaf=is_memory)
+
+
+def over(f: Callable[[Array], Array], axes: Any, cache: C) -> C:
+    """The cache with `f` of every array that has one of these axes."""
+    is_none = lambda x: x is None
+    change = lambda axis, x: x if axis is None else jax.tree.map(f, x)
+    return jax.tree.map(change, axes, cache, is_leaf=is_none)
 
 
 def stepped(
     model: Any, ids: Int[Array, "rows seq"], cache: C, real: Bool[Array, "rows seq"]
 ) -> tuple[Float[Array, "rows vocab"], C]:
     """The scores of every row's next token, in float32, and the cache with these tokens."""
-    one = lambda ids, cache, real: model.step(ids, cache, last=True, attention_mask=real)
-    scores, cache = jax.vmap(one, in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
+    scores, cache = jax.vmap(step_of(model), in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
     return scores[:, -1].astype(jnp.float32), cache
+
+
+def step_of(model: Any) -> Callable[..., Any]:
+    """The model's step of one row, which scores its last token."""
+    return lambda ids, cache, real: model.step(ids, cache, last=True, attention_mask=real)
 
 
 def wide(x: Array, length: int) -> Array:
@@ -139,7 +149,12 @@ def advance(
         scores, cache = stepped(model, column(state.ids, last), state.cache, column(state.real, last))
         return _chosen(state._replace(cache=cache), scores, prompt, processors, ends, key)
 
-    return jax.lax.while_loop(more, turn, state)
+    return jax.lax.while_loop(more, turn, settled(state))
+
+
+def settled(state: C) -> C:
+    """The same, made before a loop: XLA would put what made a memory last, which turned it, into the loop."""
+    return jax.lax.optimization_barrier(state)
 
 
 def _chosen(

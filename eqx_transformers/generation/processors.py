@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Scores = Float[Array, " vocab"]
+BLOCK = 128  # numbers
 
 
 class SoFar(NamedTuple):
@@ -32,7 +33,20 @@ def _divided(scores: Scores, by: Float[Array, ""]) -> Scores:
 def highest(
     x: Float[Array, "*rows numbers"], count: int
 ) -> tuple[Float[Array, "*rows found"], Int[Array, "*rows found"]]:
-    """The greatest numbers of every row, in order, and where they are."""
+    """The greatest numbers of every row, in order, and where they are: of equal ones, the first."""
+    blocks = x.shape[-1] // BLOCK
+    if x.shape[-1] % BLOCK or blocks <= 4 * count:
+        return _highest(x, count)
+    # The greatest are in the blocks with the greatest maxima, which are found in a twentieth of the time. In their
+    # order, the first of equal numbers is the first one.
+    parts = x.reshape(*x.shape[:-1], blocks, BLOCK)
+    chosen = jnp.sort(_highest(parts.max(-1), count)[1], axis=-1)
+    held = jnp.take_along_axis(parts, chosen[..., None], axis=-2).reshape(*x.shape[:-1], -1)
+    scores, places = _highest(held, count)
+    return scores, jnp.take_along_axis(chosen, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
+
+
+def _highest(x: Float[Array, "*rows numbers"], count: int) -> tuple[Array, Array]:
     # The barrier keeps XLA from seeing that only a part of them may be used: then it would sort whole rows, which of a
     # vocabulary takes longer than the model.
     scores, places = jax.lax.optimization_barrier(jax.lax.top_k(x, count))

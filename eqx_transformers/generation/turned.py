@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..nn import Embedding, Linear
+from ..nn import Attention, Embedding, Linear, MemoryCache
 from ..nn._dtypes import wider
 from ..nn._errors import expect_last_axis
 
@@ -99,6 +99,46 @@ class TurnedEmbedding(eqx.Module):
         return self.turned.contract(x).astype(x.dtype)
 
 
+class FusedAttention(eqx.Module):
+    """The steps of an `Attention`, whose queries, keys and values are one product."""
+
+    attention: Attention
+    fused: TurnedLinear
+    sizes: tuple[int, int] = eqx.field(static=True)
+
+    def __init__(self, attention: Attention, turned: Attention):
+        query, key, value = projections(attention)
+        joined = lambda name: jnp.concatenate([getattr(part, name) for part in (query, key, value)])
+        self.attention = turned
+        self.fused = TurnedLinear(Turned(joined("weight")), None if query.bias is None else joined("bias"))
+        self.sizes = (query.out_features, query.out_features + key.out_features)
+
+    def step(self, x: Float[Array, "seq embed_dim"], *args: Any, **kwargs: Any) -> Any:
+        """See `nn.Attention.step`."""
+        query, key, value = jnp.split(self.fused(x), self.sizes, axis=-1)
+        return self.attention.step_of(query, key, value, *args, **kwargs)
+
+    def recall(self, x: Float[Array, "seq embed_dim"], cache: MemoryCache) -> Float[Array, "seq embed_dim"]:
+        """See `nn.Attention.recall`."""
+        return self.attention.recall(x, cache)
+
+    @property
+    def init_cache(self) -> Any:
+        return self.attention.init_cache
+
+
+def projections(attention: Attention) -> tuple[Any, Any, Any]:
+    return attention.query_proj, attention.key_proj, attention.value_proj
+
+
+def _is_fused(attention: Attention) -> bool:
+    """Whether its three projections are plain matrices of one dtype, with biases or without."""
+    parts = projections(attention)
+    if not all(type(part) is Linear and part.weight.ndim == 2 for part in parts):
+        return False
+    return len({(part.weight.dtype, part.bias is None) for part in parts}) == 1
+
+
 def for_rows(model: Tree, rows: int) -> Tree:
     """`model` as it runs fastest on so many rows of one token each; the same numbers but for the order of sums.
 
@@ -107,10 +147,17 @@ def for_rows(model: Tree, rows: int) -> Tree:
     """
     if jax.default_backend() != "cpu" or not FEWEST <= rows <= MOST:
         return model
-    return jax.tree.map(_turned, model, is_leaf=lambda node: isinstance(node, Linear | Embedding))
+    return _all_turned(model, Attention, Linear, Embedding)
+
+
+def _all_turned(tree: Tree, *kinds: type) -> Tree:
+    return jax.tree.map(_turned, tree, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def _turned(node: Any) -> Any:
+    if isinstance(node, Attention):
+        turned = _all_turned(node, Linear)
+        return FusedAttention(node, turned) if _is_fused(node) else turned
     if isinstance(node, Linear) and node.weight.ndim == 2:
         return TurnedLinear(Turned(node.weight), node.bias)
     return TurnedEmbedding(node, Turned(node.weight)) if isinstance(node, Embedding) else node

@@ -134,8 +134,24 @@ class Attention(eqx.Module):
 
         `mask` is over all of the cache's slots.
         """
-        q = self._query(x, rotation)
-        cache = cache.extended(*self._key_value(x, rotation), index)
+        flat = (self._flat("query", x), self._flat("key", x), self._flat("value", x))
+        return self.step_of(*flat, mask, cache, index, rotation=rotation, bias=bias)
+
+    def step_of(
+        self,
+        q: Float[Array, "seq queries"],
+        k: Float[Array, "seq keys_"],
+        v: Float[Array, "seq values"],
+        mask: Mask,
+        cache: LayerCache,
+        index: Int[Array, ""] | int,
+        *,
+        rotation: Rotation | None = None,
+        bias: Float[Array, "num_heads seq keys"] | None = None,
+    ) -> tuple[Float[Array, "seq embed_dim"], LayerCache]:
+        """`step` behind the projections, for those who compute these otherwise."""
+        q, k = (self._turned(self._heads(name, y), rotation) for name, y in (("query", q), ("key", k)))
+        cache = cache.extended(k, self._heads("value", v), index)
         return self._looked(q, cache, mask, bias), cache
 
     def remember(self, memory: Float[Array, "keys embed_dim"], real: Bool[Array, " keys"]) -> MemoryCache:
@@ -152,19 +168,21 @@ class Attention(eqx.Module):
         return self._mixed(q, keys, values, mask, bias, None)
 
     def _query(self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None) -> Array:
-        q = self._heads("query", x, self.num_heads)
-        return q if rotation is None else rotate(q, rotation)
+        return self._turned(self._heads("query", self._flat("query", x)), rotation)
 
     def _key_value(self, x: Float[Array, "*axes keys embed_dim"], rotation: Rotation | None) -> tuple[Array, Array]:
-        k = self._heads("key", x, self.num_kv_heads)
-        v = self._heads("value", x, self.num_kv_heads)
-        return (k if rotation is None else rotate(k, rotation)), v
+        k = self._turned(self._heads("key", self._flat("key", x)), rotation)
+        return k, self._heads("value", self._flat("value", x))
 
-    def _heads(
-        self, name: str, x: Float[Array, "*axes seq embed_dim"], heads: int
-    ) -> Float[Array, "*axes seq heads head_dim"]:
+    def _turned(self, x: Array, rotation: Rotation | None) -> Array:
+        return x if rotation is None else rotate(x, rotation)
+
+    def _flat(self, name: str, x: Float[Array, "*axes seq embed_dim"]) -> Float[Array, "*axes seq features"]:
         with within(f"{name}_proj"):
-            y = getattr(self, f"{name}_proj")(x)
+            return getattr(self, f"{name}_proj")(x)
+
+    def _heads(self, name: str, y: Float[Array, "*axes seq features"]) -> Float[Array, "*axes seq heads head_dim"]:
+        heads = self.num_heads if name == "query" else self.num_kv_heads
         y = y.reshape(*y.shape[:-1], heads, -1)
         norm = getattr(self, f"{name}_norm", None)
         if norm is None:

@@ -195,6 +195,8 @@ def _choose(q, k, v, mask, bias, scale, drops: bool, empty: str) -> tuple[str, s
     if v.shape[-1] > max(k.shape[-1], k.shape[-3]):
         # Each head's result is larger than its scores. XLA takes it on into what follows, such as a sum of all heads.
         return "plain", f"value_dim {v.shape[-1]} is more than the keys and head_dim: blocks of scores save nothing"
+    if q.shape[-3] == 1:
+        return "plain", "one query, whose scores are a row: blocks of them save nothing"
     if device.platform == "cpu" and jax.device_count() == 1:
         return "blocked", "one CPU device, whose cache holds the scores of a block"
     if device.platform == "cpu":

@@ -11,7 +11,7 @@ import pytest
 from eqx_transformers import CausalLM, generate, stack
 from eqx_transformers.generation import loop
 from eqx_transformers.generation.request import ends_of, number
-from eqx_transformers.generation.turned import TurnedEmbedding, TurnedLinear, for_rows
+from eqx_transformers.generation.turned import FusedAttention, TurnedEmbedding, TurnedLinear, for_rows
 
 from ..models.ours import call, make
 from .twins import ENDS, PAD, ROOM, VOCAB, padded, prompts, reference, twins
@@ -247,7 +247,7 @@ def test_a_few_rows_run_on_turned_matrices():
     model = twins("mistral").ours
     is_turned = lambda node: isinstance(node, TurnedLinear | TurnedEmbedding)
     turned = lambda rows: sum(map(is_turned, jax.tree.leaves(for_rows(model, rows), is_leaf=is_turned)))
-    few = 2 * 7 + 2 if jax.default_backend() == "cpu" else 0  # all of both blocks, the tokens, the output of 61 rows
+    few = 2 * 8 + 2 if jax.default_backend() == "cpu" else 0  # of both blocks, and one of three; tokens and output
     assert [turned(rows) for rows in (1, 2, 32, 33)] == [0, few, few, 0]
     for part in (lambda m: m.backbone.stack.blocks[0].mlp.down_proj, lambda m: m.head.decoder):
         old, new = part(model), part(for_rows(model, 3))
@@ -255,6 +255,48 @@ def test_a_few_rows_run_on_turned_matrices():
         np.testing.assert_allclose(new(x), old(x), rtol=0, atol=1e-5)
         assert new.weight.shape == (new.out_features, new.in_features) == old.weight.shape
         np.testing.assert_array_equal(new.weight, old.weight)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
+def test_queries_keys_and_values_of_a_step_are_one_product(name):
+    """With biases, shared heads and rotations, and the same cache and memory afterwards."""
+    model, ids = twins(name).ours, prompts(1, 5)[0]
+    cache = model.init_cache(*((model.encode(ids),) if name == "t5" else ()), 9)
+    is_fused = lambda node: isinstance(node, FusedAttention)
+    turned = for_rows(model, 3)
+    fused = sum(map(is_fused, jax.tree.leaves(turned, is_leaf=is_fused)))
+    assert fused == (0 if jax.default_backend() != "cpu" else {"t5": 6}.get(name, 2))
+    for (a, b), (c, d) in (
+        (model.step(ids, cache), turned.step(ids, cache)),
+        (model.step(ids[:1], cache), turned.step(ids[:1], cache)),
+    ):
+        np.testing.assert_allclose(c, a, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+        for x, y in zip(jax.tree.leaves(d), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
+
+
+class Wrapped(eqx.Module):
+    inner: eqx.Module
+
+    @property
+    def out_features(self):
+        return self.inner.out_features
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+def test_what_is_no_plain_matrix_is_not_fused():
+    """An adapter, say: it keeps its own call."""
+    model = twins("mistral").ours
+    first = lambda m: m.backbone.stack.blocks[0].attention.key_proj
+    edited = eqx.tree_at(first, model, Wrapped(first(model)))
+    is_fused = lambda node: isinstance(node, FusedAttention)
+    fused = lambda m: sum(map(is_fused, jax.tree.leaves(for_rows(m, 3), is_leaf=is_fused)))
+    assert (fused(model), fused(edited)) == ((2, 1) if jax.default_backend() == "cpu" else (0, 0))
+    np.testing.assert_array_equal(
+        generate(edited, prompts(2, 5), max_new_tokens=4), generate(model, prompts(2, 5), max_new_tokens=4)
+    )
 
 
 def test_a_tied_table_is_turned_for_its_scores_alone(unchecked):

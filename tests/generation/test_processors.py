@@ -16,6 +16,7 @@ from eqx_transformers.generation.processors import (
     Temperature,
     TopK,
     TopP,
+    highest,
     processed,
 )
 from eqx_transformers.generation.request import changing, ends_of, filtering
@@ -133,3 +134,16 @@ def test_a_scores_nan_stays_one():
     run = jax.jit(processed)
     processors = changing(ends_of(ENDS, None), **ALL) + filtering(**OPTIONS)
     assert np.isnan(np.asarray(run(processors, row, so_far(tokens())))).any()
+
+
+@pytest.mark.parametrize("width", [128 * 300, 128 * 300 + 1, 64], ids=["blocks", "no blocks", "narrow"])
+def test_the_highest_are_in_order_and_of_equal_ones_the_first(width):
+    """Many equal numbers, minus infinity, and rows of one number alone."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 9, (5, width)).astype(np.float32)
+    x[1], x[2, 7:], x[3, ::3] = 4.0, -np.inf, rng.normal(size=x[3, ::3].shape)
+    for count in (1, 8, 20):
+        found, places = highest(jnp.asarray(x), count)
+        wanted = np.argsort(-x, axis=-1, kind="stable")[:, :count]
+        np.testing.assert_array_equal(places, wanted)
+        np.testing.assert_array_equal(found, np.take_along_axis(x, wanted, axis=-1))
