@@ -26,6 +26,13 @@ def pytest_configure(config):
         choose_quick()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A file's programs serve that file alone: thousands of them would fill the memory, and slow all that walks it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def strict_promotion():
     """Mixing dtypes without a cast is an error (not for optax, which relies on promotion)."""
