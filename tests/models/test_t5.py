@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_transformers import T5, T5_V1, T5_V1_1, UMT5, Memory, T5Encoder, T5Model, stack
+from eqx_transformers import T5, T5_V1, T5_V1_1, UMT5, Memory, T5Config, T5Encoder, T5Model, stack
 from eqx_transformers.skeletons import skeleton
 
 from ..full import FULL
@@ -362,3 +362,9 @@ def test_halves_of_no_depth_are_norms_alone():
     assert bare.encoder.stack.num_layers == bare.decoder.stack.num_layers == 0
     assert call(bare, tokens(), tokens(1, 4)).shape == (4, 61)
     assert CONFIGS["t5-1.1"].decoder_layers == 2 and CONFIGS["umt5"].decoder_layers == 1
+
+
+def test_a_config_that_says_nothing_is_the_first_t5s():
+    assert T5Config(family="t5") == T5_V1
+    assert T5Config(family="t5", num_layers=3).decoder_layers == 3
+    assert T5Config(family="t5", num_layers=3, num_decoder_layers=5).decoder_layers == 5

@@ -92,3 +92,18 @@ def test_where_it_is_not_known_the_cache_tells_or_checking_raises(monkeypatch):
     assert int(run()(held, 2).index) == 7
     with pytest.raises(Exception, match="The cache of 7 slots is full"):
         jax.block_until_ready(run()(held, 3))
+
+
+def test_a_memory_cache_is_what_is_remembered_heads_first():
+    """Put together by hand, it is recalled as a memory is looked at; what is not real is not seen."""
+    attention = nn.Attention(6, 2, head_dim=3, key=jax.random.key(0))
+    memory, x = random(5, 6), random(1, 6, seed=2)
+    real = jnp.asarray([True, False, True, True, False])
+    heads = lambda project: project(memory).reshape(5, 2, 3).swapaxes(0, 1)
+    kept = nn.MemoryCache(heads(attention.key_proj), heads(attention.value_proj), real)
+    made = attention.remember(memory, real)
+    for ours, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    np.testing.assert_allclose(
+        attention.recall(x, kept), attention(x, nn.Mask(), memory=memory[real]), rtol=0, atol=1e-6
+    )
