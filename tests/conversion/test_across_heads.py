@@ -21,6 +21,7 @@ from eqx_transformers import (
 )
 from eqx_transformers.surgery import leaves_by_path
 
+from ..full import FULL
 from ..reference import make, reference, save
 from ..tiny import ALIKE, Row
 
@@ -29,7 +30,7 @@ PAIRS = [
     (Row(name, held), wanted)
     for name, family in FAMILIES.items()
     if name not in ALIKE
-    for held in list(family.models.values())[: None if name in ("bert", "gpt2") else 2]
+    for held in list(family.models.values())[: None if name in ("bert", "gpt2") else 1 + FULL]
     for wanted in family.models.values()
 ]
 KEY = jax.random.key(7)
@@ -182,7 +183,9 @@ VERIFIED = [
 ]
 
 
-@pytest.mark.parametrize(("row", "wanted"), VERIFIED, ids=lambda x: x.id if isinstance(x, Row) else x.__name__)
+@pytest.mark.parametrize(
+    ("row", "wanted"), VERIFIED if FULL else VERIFIED[::2], ids=lambda x: x.id if isinstance(x, Row) else x.__name__
+)
 def test_what_is_drawn_is_verified_too(row, wanted):
     verification = converters.verify(reference(row).directory, gradients=True, head=wanted, key=KEY)
     assert verification.passed, str(verification)

@@ -173,10 +173,15 @@ def planned(row: Row, **changes) -> convert.Plan:
     return convert.make_plan(dataclasses.replace(checkpoint, **changes), convert.Request())
 
 
+def by_turns(keys):
+    """All of them, or every third one, beginning with the last: heads are at an end."""
+    return list(keys) if FULL else list(keys)[::-3]
+
+
 @tables
 def test_any_one_key_deleted_is_reported_exactly(row):
     specs = convert.open_directory(reference(row).directory).specs
-    for key in specs:
+    for key in by_turns(specs):
         report = planned(row, specs={k: s for k, s in specs.items() if k != key}).report
         assert (list(report.missing), list(report.unexpected), list(report.mismatched)) == ([key], [], []), key
         assert not report.ok
@@ -185,7 +190,8 @@ def test_any_one_key_deleted_is_reported_exactly(row):
 @tables
 def test_any_one_key_resized_is_reported_exactly(row):
     specs = convert.open_directory(reference(row).directory).specs
-    for key, spec in specs.items():
+    for key in by_turns(specs):
+        spec = specs[key]
         larger = (spec.shape[0] + 1, *spec.shape[1:])
         report = planned(row, specs=specs | {key: dataclasses.replace(spec, shape=larger)}).report
         assert (list(report.missing), list(report.unexpected)) == ([], []), key
