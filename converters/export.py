@@ -105,7 +105,7 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
     fields = fields if original is None else configs.respelled(fields, original, family.older)
     if "id2label" in fields:
         fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
-    _expect_said(model, family, fields)
+    _expect_said(model, family, fields, specs)
     return fields
 
 
@@ -113,7 +113,7 @@ def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.Shap
 ELSEWHERE = ("pooler", "spare_bias", "pooling", "normalize", "init", "tied")
 
 
-def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None:
+def _expect_said(model: Any, family: Family, written: Mapping[str, Any], specs: Mapping[str, Any]) -> None:
     """Raises a `ConversionError` where config.json has no words for a fact: it would be read back as another."""
     said, unsaid = {}, []
     for one in family.facts:
@@ -124,6 +124,9 @@ def _expect_said(model: Any, family: Family, written: Mapping[str, Any]) -> None
             said |= meant
             unsaid.append(f"{', '.join(f'{name} = {value!r}' for name, value in meant.items())} ({error})")
     again = dataclasses.replace(family.defaults, **said)
+    read = family.observe(again, type(model), frozenset(specs), written)
+    if getattr(model.config, "tied", False) and not getattr(read, "tied", True):  # untied, the tensors say it
+        unsaid.append("tied = True (it would be read as False)")
     unsaid += [
         f"{f.name} = {getattr(model.config, f.name)!r} (it would be read as {getattr(again, f.name)!r})"
         for f in dataclasses.fields(again)

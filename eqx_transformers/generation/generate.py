@@ -59,8 +59,8 @@ def generate(
     - `max_new_tokens`: where every row ends. `end_ids`: tokens that end a row before, themselves included; behind them
       stands `padding_id` (the first of `end_ids` unless given, or 0). All is over when all rows have ended.
     - `min_new_tokens`: no end token before there are so many.
-    - `repetition_penalty`: divides positive scores of tokens that are there already, prompt included, and multiplies
-      negative ones. `no_repeat_ngram`: no n tokens in a row occur twice.
+    - `repetition_penalty`: divides positive scores of tokens that are there already, and multiplies negative ones. The
+      prompt is there, but not what an encoder reads. `no_repeat_ngram`: no n tokens in a row occur twice.
     - `key` draws from the distribution instead of taking the best token. `temperature`, `top_k`, `top_p` and `min_p`
       shape it, in this order. Row i draws from a key folded with i: the other rows change nothing.
     - `beams`, `length_penalty`, `early_stopping`: see `beam_search`, of which this gives the best sequence.

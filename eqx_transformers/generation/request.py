@@ -65,9 +65,9 @@ def _expect_memory(model: Any, memory: Any) -> None:
     """Raises a `ValueError` for what is not a batch of what the model's `encode` gives."""
     ids = jax.ShapeDtypeStruct((model.room or LONG,), jnp.int32)
     wanted = jax.tree.map(lambda x: len(x.shape) + 1, jax.eval_shape(model.encode, ids))
-    found = jax.tree.map(jnp.ndim, memory)
-    rows = {x.shape[:1] for x in jax.tree.leaves(memory)}
-    if found != wanted or len(rows) != 1 or rows == {(0,)}:
+    alike = jax.tree.structure(memory) == jax.tree.structure(wanted)
+    rows = {jnp.shape(x)[:1] for x in jax.tree.leaves(memory)}
+    if not alike or jax.tree.map(jnp.ndim, memory) != wanted or len(rows) != 1 or rows == {(0,)}:
         shapes = ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(memory))
         raise ValueError(f"memory must be a batch, jax.vmap(model.encode)(…), but it is {shapes or type(memory)}.")
 
@@ -93,7 +93,8 @@ def _expect_model(model: Any) -> None:
     if not (hasattr(model, "init_cache") and hasattr(model, "step") and hasattr(model, "scores")):
         raise ValueError(
             f"generate needs a model with scores of the next token and a cache, such as CausalLM or T5, but it is"
-            f" {type(model).__name__}. CausalLM.of(decoder, key=…) puts an output on a bare decoder."
+            f" {type(model).__name__}. CausalLM.of(decoder, key=…) puts an output on a bare decoder; a T5Model's file"
+            " is loaded with head=T5."
         )
     _expect_untraced("model", model)
 

@@ -186,6 +186,11 @@ class T5Model(EncoderDecoder):
         if self.end_id is None:
             raise ValueError("The config names no end_id, the token whose state a classifier reads; T5's own is 1.")
         ends = jnp.asarray(token_ids) == self.end_id
+        if len(hidden) != len(ends):
+            raise ValueError(
+                f"A classifier reads the state of one of {len(ends)} tokens, but the decoder has {len(hidden)}: leave"
+                " decoder_token_ids out."
+            )
         said = f"token_ids must hold the end token, {self.end_id}: a classifier reads its state."
         if not isinstance(ends, jax.core.Tracer) and not ends.any():
             raise ValueError(said)

@@ -251,10 +251,24 @@ class T5VAE(eqx.Module):
         return self.t5.decode(memory, decoder_token_ids, decoder_attention_mask=decoder_attention_mask, key=key)
 
     def remembered(self, latents: Float[Array, "codes latent_dim"]) -> Memory:
-        """What the decoder looks at: the states that are rebuilt from codes, all of them."""
+        """What the decoder looks at: the states that are rebuilt from codes, all of them.
+
+        Raises a `ValueError` for another number of codes than a text has, or of numbers in a code.
+        """
+        self._expect_codes(jnp.shape(latents))
         with within("latent_to_decoder"):
             states = self.latent_to_decoder(latents)
         return Memory(states, jnp.ones(len(states), bool))
+
+    def _expect_codes(self, found: tuple[int, ...]) -> None:
+        bottleneck = self.encoder_to_latent
+        count = bottleneck.latent_tokens if bottleneck.pooling == "first" else 1
+        free = count is None or bottleneck.as_published
+        if len(found) != 2 or found[1] != bottleneck.dense.out_features or not (free or found[0] == count):
+            wanted = f"({'codes' if free else count}, {bottleneck.dense.out_features})"
+            raise ValueError(
+                f"The latents of a text are {wanted}, but these are {found}. jax.vmap over a batch of them."
+            )
 
     def init_cache(self, latents: Float[Array, "codes latent_dim"], length: int) -> Cache:
         """An empty cache with room for `length` tokens of the decoder, which looks at these codes."""

@@ -7,10 +7,11 @@ each surplus with its reason, and go back as they came.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters.families import FAMILIES
-from eqx_transformers import T5, T5Encoder, T5Model, stack
+from eqx_transformers import T5, UMT5 as UMT5_FACTS, T5Encoder, T5Model, stack
 
 from ..reference import forward, run
 from ..tiny import GATED
@@ -376,3 +377,16 @@ def test_the_likely_cause_of_a_config_of_another_model_is_said(case, tmp_path):
 def test_a_fact_that_is_not_understood_is_refused(fields, said, tmp_path):
     with pytest.raises(converters.UnsupportedConfig, match=said):
         converters.inspect(put(tmp_path, T5_SMALL | fields, tensors(T5_SMALL)))
+
+
+def test_a_tied_umt5_that_does_not_scale_cannot_be_said(tmp_path):
+    """One field says both there: it would be read as a model whose output is missing."""
+    sizes = {"vocab_size": 31, "embed_dim": 8, "num_layers": 1, "num_heads": 2, "head_dim": 4, "mlp_dim": 8}
+    for tied, scaled in ((True, True), (False, False), (False, True)):
+        model = T5(replace(UMT5_FACTS, **sizes, tied=tied, scaled=scaled), key=jax.random.key(0))
+        converters.export(model, tmp_path / f"{tied}{scaled}")
+        again, _ = converters.load(tmp_path / f"{tied}{scaled}")
+        assert eqx.tree_equal(again, model) and again.config == model.config
+    model = T5(replace(UMT5_FACTS, **sizes, tied=True, scaled=False), key=jax.random.key(0))
+    with pytest.raises(converters.ConversionError, match="tied = True"):
+        converters.export(model, tmp_path / "out")

@@ -145,6 +145,8 @@ def test_sampled_texts_of_an_interpolation_and_of_the_prior():
         ({"memory": jnp.zeros((2, 7))}, r"memory must be a batch, jax\.vmap\(model\.encode\)\(…\), but it is \(2, 7\)"),
         ({"memory": jnp.zeros((0, 1, 7))}, "memory must be a batch"),
         ({"memory": None}, "token_ids is None"),
+        ({"memory": (jnp.zeros((2, 1, 7)), jnp.ones((2, 1), bool))}, r"memory must be a batch.* \(2, 1, 7\), \(2, 1\)"),
+        ({"memory": [[1.0, 2.0]]}, r"memory must be a batch.* \(\), \(\)"),
         ({"memory": jnp.zeros((2, 1, 7)), "token_ids": np.ones((2, 9), np.int32)}, "give either it, or token_ids"),
         (
             {"memory": jnp.zeros((2, 1, 7)), "cache_length": 4},
@@ -156,6 +158,24 @@ def test_a_memory_that_makes_no_sense_is_one_error(given, said):
     given = {"max_new_tokens": 4} | given
     with pytest.raises(ValueError, match=said):
         generate(make("mean"), given.pop("token_ids", None), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("flat", (4, 7), r"The latents of a text are \(1, 7\), but these are \(4, 7\)\. jax\.vmap over a batch"),
+        ("mean", (5, 7), r"are \(1, 7\), but these are \(5, 7\)"),
+        ("tokens", (1, 7), r"are \(3, 7\), but these are \(1, 7\)"),
+        ("all tokens", (4, 6), r"are \(codes, 7\), but these are \(4, 6\)"),
+        ("mean", (2, 1, 7), r"are \(1, 7\), but these are \(2, 1, 7\)"),
+    ],
+)
+def test_codes_that_do_not_fit_are_one_error(unchecked, name, shape, said):
+    """A flat one would take the first of them, and a batch for one text."""
+    model = make(name)
+    for call in (lambda x: model.decode(x, tokens(3)), lambda x: model.init_cache(x, 5)):
+        with pytest.raises(ValueError, match=said):
+            call(jnp.zeros(shape))
 
 
 def test_a_text_that_does_not_fit_is_one_error():
