@@ -10,6 +10,7 @@ import converters
 from converters.families import FAMILIES
 from eqx_transformers import MultipleChoice, QuestionAnswerer, SequenceClassifier, TokenClassifier
 
+from ..full import FULL
 from ..reference import changes_nothing, make, reference, save
 from ..tiny import CONFIGS, Row
 from .test_laws import loaded, planned
@@ -47,7 +48,7 @@ def others(name, value):
     return [value | {inner: other(inner, x)} for inner, x in value.items()]
 
 
-@pytest.mark.parametrize("row", CONFIGS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", [row for i, row in enumerate(CONFIGS) if FULL or i % 2 == 0], ids=lambda row: row.id)
 def test_every_fact_perturbed_changes_it_alone_or_is_refused(row):
     """Of several fields that say something together, one may be shadowed by another: in the reference too, then."""
     ref, family = reference(row), FAMILIES[row.family]
