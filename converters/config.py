@@ -43,6 +43,11 @@ def renamed(new: str, old: str) -> Older:
     return Older(new, (old,), lambda fields: fields[old] if fields.get(new) is None else fields[new])
 
 
+def aliases(names: Mapping[str, str]) -> tuple[Older, ...]:
+    """Names that the reference's config takes for its own, by the other one: where it has both, the alias counts."""
+    return tuple(Older(own, (alias,), lambda fields, alias=alias: fields[alias]) for alias, own in names.items())
+
+
 def _names(fields: Mapping[str, Any]) -> Any:
     count = fields["num_labels"]
     counted = {str(i): f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else None

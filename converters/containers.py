@@ -53,8 +53,7 @@ CONTAINERS = (
     Container("torch", "pytorch_model.bin", ".bin", torch_reader.read_header),
     Container("flax", "flax_model.msgpack", ".msgpack", _flax),
 )
-SAFETENSORS = CONTAINERS[0]
-FLAX = next(one for one in CONTAINERS if one.name == "flax")
+SAFETENSORS, _, FLAX = CONTAINERS
 # The names of weights, as globs: those of an earlier model beside a new one would be taken for it, or for more of it.
 WEIGHTS = tuple(
     pattern

@@ -18,7 +18,7 @@ from . import config as configs, flax_names, hub, msgpack_writer, sentence
 from .containers import FLAX, SAFETENSORS, WEIGHTS
 from .convert import Source
 from .errors import ConversionError
-from .families import FAMILIES, ORIGINALS
+from .families import DIRECTORIES, FAMILIES, ORIGINALS
 from .family import Family
 from .origin import Origin
 from .reference_names import tensors
@@ -58,7 +58,7 @@ def export(
     with replacing(directory, stale=EARLIER, replaceable=lambda d: not serialisation.is_native(d)) as fresh:
         _dump(fresh / "config.json", _config_json(model, origin, specs))
         if flax:
-            _write_flax(fresh / FLAX.weights, FAMILIES_AND_ORIGINALS[model.config.family], specs, get)
+            _write_flax(fresh / FLAX.weights, DIRECTORIES[model.config.family], specs, get)
         for name, keys in shards.items():
             tensor_file.write(fresh / name, {k: specs[k] for k in keys}, get, {"format": "pt"})
         if len(shards) > 1:
@@ -66,9 +66,6 @@ def export(
             weight_map = {key: name for name, keys in shards.items() for key in keys}
             _dump(fresh / SAFETENSORS.index, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _companions(model, origin, fresh)
-
-
-FAMILIES_AND_ORIGINALS = FAMILIES | ORIGINALS
 
 
 def _is_flax(model: Any, container: str | None) -> bool:
@@ -94,7 +91,7 @@ def _write_flax(path: Path, family: Family, specs: Mapping[str, jax.ShapeDtypeSt
 
 
 def _config_json(model: Any, origin: Origin | None, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    family = FAMILIES_AND_ORIGINALS[model.config.family]
+    family = DIRECTORIES[model.config.family]
     original = origin.config if origin is not None and origin.family == family.model_type else None
     today = None if original is None else configs.modern(original, family.older)
     fields = configs.write(model.config, family.facts, today)

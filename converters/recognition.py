@@ -7,18 +7,17 @@ from typing import Any
 from . import flax_names, sentence
 from .checkpoint import Checkpoint
 from .errors import ConversionError, UnsupportedConfig
-from .families import FAMILIES, ORIGINALS
+from .families import DIRECTORIES
 from .family import Family
 from .spelling import Spelling, is_bare
 
 
 def family_of(fields_: Mapping[str, Any]) -> Family:
     name = fields_.get("model_type")
-    known = FAMILIES | ORIGINALS
-    by_architecture = {a: f for f in known.values() for a in (*f.architectures, *f.carries)}
+    by_architecture = {a: f for f in DIRECTORIES.values() for a in (*f.architectures, *f.carries)}
     named = [a for a in _list(fields_.get("architectures")) if a in by_architecture]
-    if isinstance(name, str) and name in known:
-        return known[name]
+    if isinstance(name, str) and name in DIRECTORIES:
+        return DIRECTORIES[name]
     if name is None and named:
         return by_architecture[named[0]]
     stated = f"model_type {name!r}" if name is not None else "no model_type"
@@ -29,7 +28,7 @@ def family_of(fields_: Mapping[str, Any]) -> Family:
 
 def supported() -> str:
     """The architectures that are converted, a line a family."""
-    return "\n".join(f"  {name}: {', '.join(family.architectures)}" for name, family in (FAMILIES | ORIGINALS).items())
+    return "\n".join(f"  {name}: {', '.join(family.architectures)}" for name, family in DIRECTORIES.items())
 
 
 def _list(value: Any) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path
 
 from .errors import ConversionError
-from .families import FAMILIES, ORIGINALS
+from .families import DIRECTORIES
 from .ops import SAME
 from .rules import Link, Tie, expand
 
@@ -46,7 +46,7 @@ def _specs(link: Link, leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct
 
 def _named(model: Any) -> dict[str, tuple[Link, str]]:
     """The reference's name of every tensor, with the link that writes it and the key under which it does."""
-    family = (FAMILIES | ORIGINALS).get(model.config.family)
+    family = DIRECTORIES.get(model.config.family)
     if family is None:
         raise ConversionError(
             f"The reference library has no {model.config.family!r}, so there is nothing that this could be exported as;"

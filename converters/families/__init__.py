@@ -23,6 +23,7 @@ FAMILIES = {
 }
 # Directories of a system that the reference library does not have, by the same word: nothing there to verify against.
 ORIGINALS = {t5_vae.FAMILY.model_type: t5_vae.FAMILY}
+DIRECTORIES = FAMILIES | ORIGINALS
 # Dictionaries of arrays, by the name that `from_arrays` has for each: the family, and what prepares its arrays.
 FORMATS = {
     "roberta-tf": (roberta_tf.FAMILY, roberta_tf.prepare),

@@ -6,7 +6,7 @@ a bare model's and has buffers; tied, it is a whole language model all the same.
 
 from eqx_transformers import GPT2, CausalLM, GPT2Config, SequenceClassifier
 
-from ..config import OLDER, Older, choice, fact, flag, optional, rate, size, some, whole
+from ..config import OLDER, aliases, choice, fact, flag, optional, rate, size, some, whole
 from ..family import Family
 from ..ops import FLIP, split
 from ..rules import Ignore, Rule, Table, affine, rule
@@ -62,7 +62,6 @@ PARTS = (
     (BLOCK, LAYER),
     ("norm", "ln_f"),
 )
-# Names that the reference's config takes for its own: where it has both, these count.
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -117,7 +116,7 @@ FAMILY = Family(
     table=table,
     observe=observe,
     legacy={},
-    older=(*OLDER, *(Older(new, (old,), lambda fields, old=old: fields[old]) for old, new in ALIASES.items())),
+    older=(*OLDER, *aliases(ALIASES)),
     flax={"ln_1": "scale", "ln_2": "scale", "ln_f": "scale", "wte": "embedding", "wpe": "embedding"},
     probes=probes(PREFIX, PARTS),
     inputs=inputs,

@@ -23,7 +23,7 @@ from eqx_transformers import (
     TokenClassifier,
 )
 
-from ..config import OLDER, Fact, Older, fact, flag, optional, rate, size, some, whole
+from ..config import OLDER, Fact, aliases, fact, flag, optional, rate, size, some, whole
 from ..family import Family
 from ..rules import Ignore, Rule, Table, Tie, affine, rule
 from ._decoder import PADDING
@@ -262,7 +262,6 @@ def architectures(name: str) -> dict[str, type]:
     }
 
 
-# Names that the reference's config takes for its own: where it has both, these count.
 ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 ALIASES |= {"head_dim": "d_kv"}
 READ = {"eos_token_id", "decoder_start_token_id"}
@@ -282,7 +281,7 @@ FAMILY = Family(
     table=table,
     observe=observe,
     legacy={},
-    older=(*OLDER, *(Older(new, (old,), lambda fields, old=old: fields[old]) for old, new in ALIASES.items())),
+    older=(*OLDER, *aliases(ALIASES)),
     flax={"shared": "embedding", "relative_attention_bias": "embedding", "layer_norm": "weight"},
     probes=probes,
     inputs=inputs,

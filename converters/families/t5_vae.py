@@ -130,5 +130,5 @@ TORCH = replace(
 def prepare(
     arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[str, ...]]:
-    """As they are; the width between a token and the code is what the arrays say, 100 in every published one."""
+    """As they are: the original's config says all sizes but the width between a token and the code, which is 100."""
     return dict(arrays), dict(config), ()

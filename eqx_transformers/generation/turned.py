@@ -122,10 +122,6 @@ class FusedAttention(eqx.Module):
         """See `nn.Attention.recall`."""
         return self.attention.recall(x, cache)
 
-    @property
-    def init_cache(self) -> Any:
-        return self.attention.init_cache
-
 
 def projections(attention: Attention) -> tuple[Any, Any, Any]:
     return attention.query_proj, attention.key_proj, attention.value_proj

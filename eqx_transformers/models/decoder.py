@@ -86,7 +86,7 @@ class DecoderBlock(eqx.Module):
     ) -> Float[Array, "*axes seq embed_dim"]:
         inside, after, last = (None, None, None) if key is None else jax.random.split(key, 3)
         with within("attention"):
-            y = self.attention(self._normed("attention", x), mask, rotation=rotation, key=inside)
+            y = self.attention(normed(self, "attention", x), mask, rotation=rotation, key=inside)
         return self._rest(x, y, after, last)
 
     def step(
@@ -99,18 +99,20 @@ class DecoderBlock(eqx.Module):
     ) -> tuple[Float[Array, "seq embed_dim"], LayerCache]:
         """The same for tokens after those in `cache`, and the cache with theirs; see `nn.Attention.step`."""
         with within("attention"):
-            y, cache = self.attention.step(self._normed("attention", x), mask, cache, index, rotation=rotation)
+            y, cache = self.attention.step(normed(self, "attention", x), mask, cache, index, rotation=rotation)
         return self._rest(x, y, None, None), cache
 
     def _rest(self, x: Array, y: Array, after: PRNGKeyArray | None, last: PRNGKeyArray | None) -> Array:
         x = x + self.attention_output_dropout(y, key=after, inference=True if after is None else None)
         with within("mlp"):
-            y = self.mlp(self._normed("mlp", x))
+            y = self.mlp(normed(self, "mlp", x))
         return x + self.mlp_output_dropout(y, key=last, inference=True if last is None else None)
 
-    def _normed(self, part: str, x: Array) -> Array:
-        with within(f"{part}_norm"):
-            return getattr(self, f"{part}_norm")(x)
+
+def normed(block: Any, part: str, x: Float[Array, "*axes embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+    """`x` behind the norm that stands before this part of a block."""
+    with within(f"{part}_norm"):
+        return getattr(block, f"{part}_norm")(x)
 
 
 class Decoder(eqx.Module):

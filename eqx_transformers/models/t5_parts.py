@@ -21,7 +21,7 @@ from ..nn import (
     Stack,
 )
 from ..nn._errors import within
-from .decoder import blocks_of, stepped
+from .decoder import blocks_of, normed, stepped
 from .t5_config import T5Config
 
 
@@ -91,11 +91,11 @@ class T5Block(eqx.Module):
         keys = [None] * 6 if key is None else list(jax.random.split(key, 6))
         bias = self._bias(bias, len(x), len(x), 0)
         with within("attention"):
-            y = self.attention(self._normed("attention", x), mask, bias=bias, key=keys[0])
+            y = self.attention(normed(self, "attention", x), mask, bias=bias, key=keys[0])
         x = self._added(x, y, keys[1])
         if self.cross_attention is not None and memory is not None:
             with within("cross_attention"):
-                y = self._normed("cross_attention", x)
+                y = normed(self, "cross_attention", x)
                 y = self.cross_attention(y, Mask(keys=memory.real), memory=memory.states, key=keys[2])
             x = self._added(x, y, keys[3])
         return self._added(x, self._fed(x, keys[4]), keys[5])
@@ -118,11 +118,11 @@ class T5Block(eqx.Module):
         """The same for tokens after those in `cache`, and the cache with theirs; see `nn.Attention.step`."""
         bias = self._bias(bias, len(x), cache.own.keys.shape[1], index)
         with within("attention"):
-            y, own = self.attention.step(self._normed("attention", x), mask, cache.own, index, bias=bias)
+            y, own = self.attention.step(normed(self, "attention", x), mask, cache.own, index, bias=bias)
         x = self._added(x, y, None)
         looking: Any = self.cross_attention
         with within("cross_attention"):
-            y = looking.recall(self._normed("cross_attention", x), cache.memory)
+            y = looking.recall(normed(self, "cross_attention", x), cache.memory)
         x = self._added(x, y, None)
         return self._added(x, self._fed(x, None), None), cache._replace(own=own)
 
@@ -132,12 +132,8 @@ class T5Block(eqx.Module):
         with within("bias"):
             return self.bias(seq, keys, offset)
 
-    def _normed(self, part: str, x: Array) -> Array:
-        with within(f"{part}_norm"):
-            return getattr(self, f"{part}_norm")(x)
-
     def _fed(self, x: Array, key: PRNGKeyArray | None) -> Array:
-        y = self._normed("mlp", x)
+        y = normed(self, "mlp", x)
         with within("mlp"):
             return self.mlp(y.astype(jnp.float32) if x.dtype == jnp.float16 else y, key=key)
 
