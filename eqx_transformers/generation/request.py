@@ -13,7 +13,6 @@ from .processors import MinNewTokens, MinP, NoRepeatNgram, RepetitionPenalty, Te
 
 SHORTEST = 64  # slots of a bucket: fewer cost about as much
 STEP = 16  # slots by which a prompt's bucket is cut where `cache_length` leaves too few
-LONG = 4096  # tokens of a text that is only asked for its shapes: more than any model has codes for one
 TINIEST = 1e-30  # of what scores are divided by: less would make them infinite
 
 
@@ -63,8 +62,7 @@ def _prompt_of_encoder(
 
 def _expect_memory(model: Any, memory: Any) -> None:
     """Raises a `ValueError` for what is not a batch of what the model's `encode` gives."""
-    ids = jax.ShapeDtypeStruct((model.room or LONG,), jnp.int32)
-    wanted = jax.tree.map(lambda x: len(x.shape) + 1, jax.eval_shape(model.encode, ids))
+    wanted = jax.tree.map(lambda axes: axes + 1, model.memory_axes)
     alike = jax.tree.structure(memory) == jax.tree.structure(wanted)
     rows = {jnp.shape(x)[:1] for x in jax.tree.leaves(memory)}
     if not alike or jax.tree.map(jnp.ndim, memory) != wanted or len(rows) != 1 or rows == {(0,)}:

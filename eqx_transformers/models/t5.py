@@ -88,6 +88,11 @@ class EncoderDecoder(Reader):
     config: eqx.AbstractVar[Any]
 
     @property
+    def memory_axes(self) -> Any:
+        """How many axes each array has that `encode` gives."""
+        return Memory(2, 1)  # pyright: ignore[reportArgumentType]
+
+    @property
     def counts_padding(self) -> bool:
         """Whether it matters to the encoder where padding stands, and how much: only distances do, to the text."""
         return False

@@ -193,6 +193,11 @@ class T5VAE(eqx.Module):
         return self.t5.padding_id if self.hides_padding else None
 
     @property
+    def memory_axes(self) -> int:
+        """How many axes the codes of a text have."""
+        return 2
+
+    @property
     def counts_padding(self) -> bool:
         """Whether it matters to the codes where padding stands, and how much: but for their average, it does."""
         return self.encoder_to_latent.pooling != "mean"
