@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .loop import Ends, Prompt, Start, growing, over, settled, start_of, step_of, stepped, wide
+from .loop import Ends, Prompt, Start, settled, start_of, stepped, wide
 from .processors import SoFar, highest, processed
 from .turned import for_rows
 
@@ -77,7 +77,7 @@ def opened(start: Start, cache: Any, length: int, rule: Rule, ends: Ends) -> Sea
     alike = lambda x: jnp.repeat(wide(x, length)[:, None], beams, axis=1)
     first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER)[None, :], (batch, beams))
     return Search(
-        cache=over(lambda x: jnp.repeat(x[:, None], beams, axis=1), growing(cache), cache),
+        cache=branched(cache, beams),
         ids=alike(start.ids),
         real=alike(start.real),
         running=first,
@@ -89,6 +89,14 @@ def opened(start: Start, cache: Any, length: int, rule: Rule, ends: Ends) -> Sea
         more=jnp.ones((), bool),
         sound=jnp.ones((), bool),
     )
+
+
+def branched(cache: Any, beams: int) -> Any:
+    """The caches of all rows, each of which goes on in so many ways."""
+    make = lambda cache: cache.branched(beams)
+    first = lambda axis, x: x if axis is None else x[0]
+    one = jax.eval_shape(make, jax.tree.map(first, cache.axes, cache, is_leaf=lambda axis: axis is None))
+    return jax.vmap(make, (cache.axes,), one.axes)(cache)
 
 
 class Candidates(NamedTuple):
@@ -144,17 +152,17 @@ def updated(
         more=open.any() & ~done & ~found.ended.all(),
         sound=search.sound & jnp.all(jnp.isfinite(found.scores[:, 0]) | ~search.open),
     )
-    return search._replace(cache=over(lambda x: pick(x, from_beam), growing(search.cache), search.cache))
+    axes = search.cache.axes
+    return search._replace(cache=jax.vmap(lambda c, i: c.follow(i), (axes, 0), axes)(search.cache, from_beam))
 
 
 def advanced(
-    model: Any, ids: Int[Array, "batch beams 1"], cache: Any, real: Bool[Array, "batch beams 1"]
+    model: Any, ids: Int[Array, "batch beams"], cache: Any, real: Bool[Array, "batch beams"]
 ) -> tuple[Float[Array, "rows vocab"], Any]:
-    """The scores of every beam's next token, and the caches with these. The beams of a row look at one memory."""
-    axes = growing(cache)
-    one = jax.vmap(step_of(model), in_axes=(0, axes, 0), out_axes=(0, axes))
-    scores, cache = jax.vmap(one, in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
-    return flat(scores)[:, -1].astype(jnp.float32), cache
+    """The scores of every beam's next token, and the caches with these."""
+    step = lambda ids, cache, real: model.step(ids, cache, attention_mask=real)
+    scores, cache = jax.vmap(step, (0, cache.axes, 0), (0, cache.axes))(ids, cache, real)
+    return flat(scores).astype(jnp.float32), cache
 
 
 def remembered(
@@ -193,15 +201,19 @@ def run(
     model: Any, prompt: Prompt, processors: tuple[Any, ...], ends: Ends, rule: Rule
 ) -> tuple[Beams, Bool[Array, ""]]:
     """All of it as one program, and whether no score was NaN."""
-    start = start_of(model, prompt)
-    rows, width = len(start.ids), prompt.width
+    width = prompt.width
+    slots = (
+        width + max(1, prompt.length - width - 1) * rule.beams
+    )  # the prompt's serve all; no step reads the last token
+    start = start_of(model, prompt._replace(length=slots))
+    rows = len(start.ids)
     scores, cache = stepped(model, start.ids, start.cache, start.real)
     search = opened(start, cache, prompt.length, rule, ends)
     search = updated(search, jnp.repeat(scores, rule.beams, axis=0), width, processors, ends, rule)
     model = for_rows(model, rows * rule.beams)
 
     def turn(search: Search) -> Search:
-        at = lambda x: jax.lax.dynamic_slice_in_dim(x, width + search.new - 1, 1, axis=2)
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, width + search.new - 1, axis=2, keepdims=False)
         scores, cache = advanced(model, at(search.ids), search.cache, at(search.real))
         return updated(search._replace(cache=cache), scores, width, processors, ends, rule)
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ..nn import MemoryCache
 from .processors import SoFar, processed
 from .turned import for_rows
 
 C = TypeVar("C")
+ALIGNED = 16  # slots: rows of keys of another length than a multiple lie across cache lines, which costs a third
 
 
 class Prompt(NamedTuple):
@@ -64,13 +64,14 @@ class State(NamedTuple):
 
 def start_of(model: Any, prompt: Prompt) -> Start:
     """A model with an encoder reads the prompt there, and its decoder begins with `start_id`; another continues it."""
+    slots = -(-prompt.length // ALIGNED) * ALIGNED
     if not hasattr(model, "encode"):
-        return Start(_caches(lambda _: model.init_cache(prompt.length), prompt.ids[:, 0]), prompt.ids, prompt.real)
+        return Start(_caches(lambda _: model.init_cache(slots), prompt.ids[:, 0]), prompt.ids, prompt.real)
     memory = prompt.memory
     if memory is None:
         memory = jax.vmap(lambda ids, real: model.encode(ids, attention_mask=real))(prompt.ids, prompt.real)
     first = jnp.full((len(jax.tree.leaves(memory)[0]), 1), model.start_id, jnp.int32)
-    return Start(_caches(lambda one: model.init_cache(one, prompt.length), memory), first, jnp.ones(first.shape, bool))
+    return Start(_caches(lambda one: model.init_cache(one, slots), memory), first, jnp.ones(first.shape, bool))
 
 
 def _caches(make: Callable[[Any], Any], rows: Any) -> Any:
@@ -78,30 +79,13 @@ def _caches(make: Callable[[Any], Any], rows: Any) -> Any:
     return jax.vmap(make, out_axes=axes)(rows)
 
 
-def growing(cache: C) -> C:
-    """`in_axes` of what changes from token to token: 0, and None for what does not, and for what all rows share."""
-    is_memory = lambda x: isinstance(x, MemoryCache)
-    return jax.tree.map(lambda axis: None if is_memory(axis) else axis, cache.axes, is_leaf=is_memory)
-
-
-def over(f: Callable[[Array], Array], axes: Any, cache: C) -> C:
-    """The cache with `f` of every array that has one of these axes."""
-    is_none = lambda x: x is None
-    change = lambda axis, x: x if axis is None else jax.tree.map(f, x)
-    return jax.tree.map(change, axes, cache, is_leaf=is_none)
-
-
 def stepped(
     model: Any, ids: Int[Array, "rows seq"], cache: C, real: Bool[Array, "rows seq"]
 ) -> tuple[Float[Array, "rows vocab"], C]:
     """The scores of every row's next token, in float32, and the cache with these tokens."""
-    scores, cache = jax.vmap(step_of(model), in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
+    one = lambda ids, cache, real: model.step(ids, cache, last=True, attention_mask=real)
+    scores, cache = jax.vmap(one, in_axes=(0, cache.axes, 0), out_axes=(0, cache.axes))(ids, cache, real)
     return scores[:, -1].astype(jnp.float32), cache
-
-
-def step_of(model: Any) -> Callable[..., Any]:
-    """The model's step of one row, which scores its last token."""
-    return lambda ids, cache, real: model.step(ids, cache, last=True, attention_mask=real)
 
 
 def wide(x: Array, length: int) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
-from ..nn import Cache, Embedding, LayerCache, Mask, Rotation, Stack
+from ..nn import AbstractCache, Cache, Embedding, LayerCache, Mask, Rotation, Stack
 from ..nn._errors import within
 from ..nn.positions import count
 from .inputs import Attended, Ids, mask_of, whole_numbers
@@ -185,10 +185,10 @@ class Decoder(eqx.Module):
     def step(
         self,
         token_ids: Ids,
-        cache: Cache,
+        cache: AbstractCache,
         *,
         attention_mask: Integer[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
-    ) -> tuple[Float[Array, "seq embed_dim"], Cache]:
+    ) -> tuple[Float[Array, "seq embed_dim"], AbstractCache]:
         """Hidden states of tokens that come after those in `cache`, and the cache with theirs.
 
         What a call of all of them at once gives, but that padding never takes a position here, whatever the model
@@ -244,13 +244,13 @@ class Coming(NamedTuple):
     places: Int[Array, " seq"]
 
 
-def coming(token_ids: Ids, attention_mask: Any, hidden_id: int | None, cache: Cache) -> Coming:
+def coming(token_ids: Ids, attention_mask: Any, hidden_id: int | None, cache: AbstractCache) -> Coming:
     """The door of every step. Without a mask, what has the id `hidden_id` is hidden."""
     ids: Any = whole_numbers("token_ids", token_ids)
     if attention_mask is None and hidden_id is not None:
         attention_mask = ids != hidden_id
     real = real_of(attention_mask, len(ids))
-    return Coming(ids, real, jnp.maximum(count(real, before=cache.real.sum(dtype=jnp.int32)) - 1, 0))
+    return Coming(ids, real, jnp.maximum(cache.counted(real) - 1, 0))
 
 
 def empty_cache(stack: Stack, length: int, dtype: DTypeLike) -> Cache:
@@ -269,8 +269,8 @@ def blocks_of(stack: Stack) -> tuple[Any, ...]:
 
 
 def stepped(
-    stack: Stack, x: Float[Array, "seq embed_dim"], cache: Cache, real: Bool[Array, " seq"], *args: Any
-) -> tuple[Float[Array, "seq embed_dim"], Cache]:
+    stack: Stack, x: Float[Array, "seq embed_dim"], cache: AbstractCache, real: Bool[Array, " seq"], *args: Any
+) -> tuple[Float[Array, "seq embed_dim"], AbstractCache]:
     """`x` through all blocks, each with its own cache; NaN if that has no room for it."""
     index, cache = cache.index, cache.extended(real)
     x = jnp.where(cache.overfull, jnp.nan, x)

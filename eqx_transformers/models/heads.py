@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ..nn import Cache
+from ..nn import AbstractCache, Cache
 from ..nn._errors import within
 from .encoder_config import EncoderConfig
 from .head import DECODERS, EVERY, TWO_HALVES, Head, Input, Key, backbone_of, two
@@ -65,8 +65,8 @@ class CausalLM(Head):
             return self.backbone.init_cache(length)
 
     def step(
-        self, token_ids: Ids, cache: Cache, *, last: bool = False, **inputs: Input
-    ) -> tuple[Float[Array, "scored vocab"], Cache]:
+        self, token_ids: Ids, cache: AbstractCache, *, last: bool = False, **inputs: Input
+    ) -> tuple[Float[Array, "scored vocab"], AbstractCache]:
         """The scores at tokens that come after those in `cache`, and the cache with theirs.
 
         `last` computes those at the last token alone, `1 vocab`. See `Decoder.step`.

@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
-from ..nn import ACTIVATIONS, MLP, Attention, Cache, Embedding, LayerCache, LayerNorm, Linear, Mask, Stack
+from ..nn import (
+    ACTIVATIONS,
+    MLP,
+    AbstractCache,
+    Attention,
+    Cache,
+    Embedding,
+    LayerCache,
+    LayerNorm,
+    Linear,
+    Mask,
+    Stack,
+)
 from ..nn._errors import within
 from ..nn.positions import count
 from .decoder import coming, empty_cache, stepped
@@ -254,10 +266,10 @@ class Encoder(eqx.Module):
     def step(
         self,
         token_ids: Ids,
-        cache: Cache,
+        cache: AbstractCache,
         *,
         attention_mask: Integer[Array | np.ndarray, " seq"] | Bool[Array | np.ndarray, " seq"] | None = None,
-    ) -> tuple[Float[Array, "seq embed_dim"], Cache]:
+    ) -> tuple[Float[Array, "seq embed_dim"], AbstractCache]:
         """Of a causal encoder, the hidden states of tokens that come after those in `cache`; see `Decoder.step`."""
         if not self.causal:
             raise ValueError("Encoder: every token sees those that follow it, so nothing can be kept in a cache.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from ..nn import Cache, Embedding, Linear
+from ..nn import AbstractCache, Cache, Embedding, Linear
 from ..nn._errors import error_if, within
 from .decoder import real_of
 from .head_parts import Factors, matrix_of
@@ -125,8 +125,8 @@ class EncoderDecoder(Reader):
             return self.decoder.init_cache(memory, length)
 
     def advanced(
-        self, decoder_token_ids: TargetIds, cache: Cache, attention_mask: TargetAttended | None
-    ) -> tuple[Float[Array, "target embed_dim"], Cache]:
+        self, decoder_token_ids: TargetIds, cache: AbstractCache, attention_mask: TargetAttended | None
+    ) -> tuple[Float[Array, "target embed_dim"], AbstractCache]:
         """Hidden states of the decoder's tokens that come after those in `cache`, and the cache with theirs."""
         ids: Any = whole_numbers("decoder_token_ids", decoder_token_ids)
         with within("embedding"):
@@ -175,8 +175,8 @@ class T5Model(EncoderDecoder):
         return self.decoded(memory, ids, decoder_attention_mask, second)
 
     def step(
-        self, decoder_token_ids: TargetIds, cache: Cache, *, attention_mask: TargetAttended | None = None
-    ) -> tuple[Float[Array, "target embed_dim"], Cache]:
+        self, decoder_token_ids: TargetIds, cache: AbstractCache, *, attention_mask: TargetAttended | None = None
+    ) -> tuple[Float[Array, "target embed_dim"], AbstractCache]:
         """The hidden states of tokens that come after those in `cache`, and the cache with theirs."""
         return self.advanced(decoder_token_ids, cache, attention_mask)
 
@@ -261,11 +261,11 @@ class T5(EncoderDecoder):
     def step(
         self,
         decoder_token_ids: TargetIds,
-        cache: Cache,
+        cache: AbstractCache,
         *,
         last: bool = False,
         attention_mask: TargetAttended | None = None,
-    ) -> tuple[Float[Array, "scored vocab"], Cache]:
+    ) -> tuple[Float[Array, "scored vocab"], AbstractCache]:
         """The scores at tokens that come after those in `cache`, and the cache with theirs.
 
         `last` computes those at the last token alone, `1 vocab`. See `Decoder.step`.

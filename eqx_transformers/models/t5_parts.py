@@ -10,12 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..nn import (
     ACTIVATIONS,
     MLP,
+    AbstractCache,
     Attention,
     Cache,
     GatedMLP,
     LayerCache,
     Mask,
     MemoryCache,
+    Places,
     RelativeBias,
     RMSNorm,
     Stack,
@@ -116,7 +118,7 @@ class T5Block(eqx.Module):
         bias: Float[Array, "num_heads seq length"] | None = None,
     ) -> tuple[Float[Array, "seq embed_dim"], T5LayerCache]:
         """The same for tokens after those in `cache`, and the cache with theirs; see `nn.Attention.step`."""
-        bias = self._bias(bias, len(x), cache.own.keys.shape[1], index)
+        bias = self._bias(bias, len(x), cache.own.length, mask.offset)
         with within("attention"):
             y, own = self.attention.step(normed(self, "attention", x), mask, cache.own, index, bias=bias)
         x = self._added(x, y, None)
@@ -126,7 +128,7 @@ class T5Block(eqx.Module):
         x = self._added(x, y, None)
         return self._added(x, self._fed(x, None), None), cache._replace(own=own)
 
-    def _bias(self, shared: Array | None, seq: int, keys: int, offset: Int[Array, ""] | int) -> Array | None:
+    def _bias(self, shared: Array | None, seq: int, keys: int, offset: Places | Int[Array, ""] | int) -> Array | None:
         if self.bias is None:
             return shared
         with within("bias"):
@@ -194,16 +196,16 @@ class T5Half(eqx.Module):
             return Cache(tuple(block.init_cache(memory, length) for block in blocks_of(self.stack)), length)
 
     def step(
-        self, x: Float[Array, "seq embed_dim"], cache: Cache, real: Bool[Array, " seq"]
-    ) -> tuple[Float[Array, "seq embed_dim"], Cache]:
+        self, x: Float[Array, "seq embed_dim"], cache: AbstractCache, real: Bool[Array, " seq"]
+    ) -> tuple[Float[Array, "seq embed_dim"], AbstractCache]:
         """The same for tokens after those in `cache`, and the cache with theirs."""
-        bias = self._bias(len(x), cache.length, cache.index)
+        bias = self._bias(len(x), cache.length, cache.offset(cache.index, len(x)))
         with within("stack"):
             x, cache = stepped(self.stack, x, cache, real, bias)
         with within("norm"):
             return self.norm(x), cache
 
-    def _bias(self, seq: int, keys: int, offset: Int[Array, ""] | int) -> Array | None:
+    def _bias(self, seq: int, keys: int, offset: Places | Int[Array, ""] | int) -> Array | None:
         if self.bias is None:
             return None
         with within("bias"):

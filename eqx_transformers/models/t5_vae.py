@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ..nn import MLP, Cache, LayerNorm, Linear, RMSNorm, relu
+from ..nn import MLP, AbstractCache, Cache, LayerNorm, Linear, RMSNorm, relu
 from ..nn._dtypes import wider
 from ..nn._errors import within
 from .backbones import part_of
@@ -281,8 +281,8 @@ class T5VAE(eqx.Module):
             return self.t5.init_cache(self.remembered(latents), length)
 
     def step(
-        self, decoder_token_ids: TargetIds, cache: Cache, *, last: bool = False, attention_mask: Any = None
-    ) -> tuple[Float[Array, "scored vocab"], Cache]:
+        self, decoder_token_ids: TargetIds, cache: AbstractCache, *, last: bool = False, attention_mask: Any = None
+    ) -> tuple[Float[Array, "scored vocab"], AbstractCache]:
         """See `T5.step`."""
         with within("t5"):
             return self.t5.step(decoder_token_ids, cache, last=last, attention_mask=attention_mask)

@@ -29,10 +29,16 @@ from .activations import (
     tanh as tanh,
 )
 from .attention import Attention as Attention
-from .cache import Cache as Cache, LayerCache as LayerCache, MemoryCache as MemoryCache
+from .cache import (
+    AbstractCache as AbstractCache,
+    Branches as Branches,
+    Cache as Cache,
+    LayerCache as LayerCache,
+    MemoryCache as MemoryCache,
+)
 from .embedding import Embedding as Embedding
 from .linear import Linear as Linear
-from .mask import Mask as Mask
+from .mask import Mask as Mask, Places as Places
 from .mlp import MLP as MLP, GatedMLP as GatedMLP
 from .norm import LayerNorm as LayerNorm, RMSNorm as RMSNorm
 from .positions import RelativeBias as RelativeBias, Rotary as Rotary, Rotation as Rotation, rotate as rotate

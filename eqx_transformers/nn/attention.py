@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from . import kernels
 from ._errors import within
-from .cache import LayerCache, MemoryCache
+from .cache import LayerCache, MemoryCache, keys_first
 from .linear import Linear, fan_in
 from .mask import Mask
 from .positions import Rotation, rotate
@@ -157,15 +157,14 @@ class Attention(eqx.Module):
     def remember(self, memory: Float[Array, "keys embed_dim"], real: Bool[Array, " keys"]) -> MemoryCache:
         """What `recall` needs of a memory whose `real` tokens exist: computed once for all that will look at it."""
         k, v = self._key_value(memory, None)
-        return MemoryCache(k.swapaxes(0, 1), v.swapaxes(0, 1), real)
+        return MemoryCache(keys_first(k), v.swapaxes(0, 1), real)
 
     def recall(self, x: Float[Array, "seq embed_dim"], cache: MemoryCache) -> Float[Array, "seq embed_dim"]:
         """The same as a call with the `memory` that is in `cache`."""
         return self._looked(self._query(x, None), cache, Mask(keys=cache.real), None)
 
     def _looked(self, q: Array, cache: LayerCache | MemoryCache, mask: Mask, bias: Array | None) -> Array:
-        keys, values = (held.swapaxes(0, 1) for held in (cache.keys, cache.values))
-        return self._mixed(q, keys, values, mask, bias, None)
+        return self._mixed(q, cache.keys.transpose(2, 0, 1), cache.values.swapaxes(0, 1), mask, bias, None)
 
     def _query(self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None) -> Array:
         return self._turned(self._heads("query", self._flat("query", x)), rotation)

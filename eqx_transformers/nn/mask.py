@@ -1,16 +1,30 @@
 """Which query may look at which key, as one value that every attention path understands."""
 
 from functools import reduce
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
+class Places(NamedTuple):
+    """Where queries and keys stand in a text, where that is not in order."""
+
+    queries: Int[Array, " seq"]
+    keys: Int[Array, " keys"]
+
+
+def places_of(offset: Places | Int[Array, ""] | int, seq: int, keys: int) -> Places:
+    """Keys from position 0 on, and queries from `offset` on; or `offset` itself, where it says it of each."""
+    return offset if isinstance(offset, Places) else Places(jnp.arange(seq) + offset, jnp.arange(keys))
+
+
 class Mask(eqx.Module):
     """The pairs (query, key) that attention may use: `True` means attend. Given conditions are joined by "and".
 
-    - `causal`: key position <= query position, where query `i` stands at position `i + offset`.
+    - `causal`: key position <= query position. Key `j` stands at position `j` and query `i` at `i + offset`, unless
+        `offset` says of each where it stands (`Places`).
     - `window`: query position - key position < `window` (looks back at most `window - 1` keys).
     - `keys`: keys that exist at all (a tokenizer's `attention_mask`).
     - `segments`: several texts packed in one row; query and key must carry the same segment id.
@@ -22,7 +36,7 @@ class Mask(eqx.Module):
 
     causal: bool = eqx.field(static=True, default=False)
     window: int | None = eqx.field(static=True, default=None)
-    offset: Int[Array, ""] | int = 0
+    offset: Places | Int[Array, ""] | int = 0
     keys: Bool[Array, " keys"] | None = None
     segments: Int[Array, " keys"] | None = None
     dense: Bool[Array, "*heads seq keys"] | None = None
@@ -35,7 +49,8 @@ class Mask(eqx.Module):
 
     def allowed(self, seq: int, keys: int) -> Bool[Array, "*heads seq keys"] | None:
         """The whole table for `seq` queries and `keys` keys, or None where nothing is masked."""
-        here, there = jnp.arange(seq)[:, None] + self.offset, jnp.arange(keys)[None, :]
+        places = places_of(self.offset, seq, keys)
+        here, there = places.queries[:, None], places.keys[None, :]
         parts = []
         if self.causal:
             parts.append(there <= here)

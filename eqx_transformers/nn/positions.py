@@ -12,6 +12,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._dtypes import wider
+from .mask import Places
 
 
 def count(
@@ -164,14 +165,20 @@ class RelativeBias(eqx.Module):
     def num_heads(self) -> int:
         return self.weight.shape[-1]
 
-    def __call__(self, seq: int, keys: int, offset: Int[Array, ""] | int = 0) -> Float[Array, "num_heads {seq} {keys}"]:
-        """Of `seq` queries, the first at position `offset`, and keys from position 0 on."""
+    def __call__(
+        self, seq: int, keys: int, offset: Places | Int[Array, ""] | int = 0
+    ) -> Float[Array, "num_heads {seq} {keys}"]:
+        """Of `seq` queries, the first at position `offset`, and keys from position 0 on; or as `Places` says."""
+        if isinstance(offset, Places):
+            return self._of(offset.keys[None, :] - offset.queries[:, None])
         # All queries see the same numbers, shifted: those of the distances that occur, and every row one step further.
         length = seq + keys
         place = jnp.arange(length)
-        distance = jnp.where(place < keys, place, place - length) - offset
-        buckets = jnp.asarray(distance_buckets(self.num_buckets, self.max_distance, self.bidirectional))
-        near = jnp.clip(distance, -self.max_distance, self.max_distance)
-        values = self.weight.T[:, buckets[near + self.max_distance]]
+        values = self._of(jnp.where(place < keys, place, place - length) - offset)
         rows = jnp.broadcast_to(values[:, None, :], (self.num_heads, seq, length)).reshape(self.num_heads, -1)
         return rows[:, : seq * (length - 1)].reshape(self.num_heads, seq, length - 1)[:, :, :keys]
+
+    def _of(self, distance: Int[Array, "*shape"]) -> Float[Array, "num_heads *shape"]:
+        buckets = jnp.asarray(distance_buckets(self.num_buckets, self.max_distance, self.bidirectional))
+        near = jnp.clip(distance, -self.max_distance, self.max_distance)
+        return self.weight.T[:, buckets[near + self.max_distance]]

@@ -107,7 +107,8 @@ def test_a_cache_holds_a_pair_of_arrays_a_layer_in_the_streams_dtype():
     cache = half.init_cache(SLOTS)
     assert isinstance(cache, Cache) and cache.length == SLOTS and len(cache.layers) == 2
     assert {x.dtype for x in arrays(cache.layers)} == {jnp.dtype("bfloat16")}
-    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, SLOTS, 6)
+    held = cache.layers[0]
+    assert (held.keys.shape, held.values.shape, held.length) == ((2, 6, SLOTS), (2, SLOTS, 6), SLOTS)
 
 
 def test_an_overfull_cache_gives_nan_where_nobody_could_say_so():

@@ -109,8 +109,8 @@ def test_a_cache_holds_what_each_layer_needs_and_the_memory_never_changes():
     cache = half.init_cache(memory, SLOTS)
     assert cache.length == SLOTS and len(cache.layers) == model.config.decoder_layers
     for layer in cache.layers:
-        assert layer.own.keys.shape == layer.own.values.shape == (3, SLOTS, 5)
-        assert layer.memory.keys.shape == layer.memory.values.shape == (3, SEQ, 5)
+        for held, length in ((layer.own, SLOTS), (layer.memory, SEQ)):
+            assert (held.keys.shape, held.values.shape) == ((3, 5, length), (3, length, 5))
         assert {x.dtype for x in jax.tree.leaves((layer.own, layer.memory.keys))} == {jnp.dtype("bfloat16")}
     hidden, after = half.step(tokens(1, 3), cache)
     assert hidden.dtype == jnp.bfloat16

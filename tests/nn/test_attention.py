@@ -108,8 +108,8 @@ def test_a_memory_gives_the_keys_and_values_and_what_is_remembered_of_it_is_reca
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(biased, literal(m, x, REMEMBERED, bias, memory=memory), rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(plain, literal(m, x, memory=memory), rtol=1e-4, atol=2e-5)
-    widths = [p.out_features // m.num_kv_heads for p in (m.key_proj, m.value_proj)]
-    assert [kept.keys.shape, kept.values.shape] == [(m.num_kv_heads, 7, width) for width in widths]
+    heads, widths = m.num_kv_heads, [p.out_features // m.num_kv_heads for p in (m.key_proj, m.value_proj)]
+    assert [kept.keys.shape, kept.values.shape] == [(heads, widths[0], 7), (heads, 7, widths[1])]
     np.testing.assert_array_equal(kept.real, REMEMBERED)
 
 
@@ -255,7 +255,7 @@ def test_steps_are_the_call_in_any_split(name):
     for got, held in in_steps(m, x, jnp.asarray(REAL), bias, rotation).values():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
         # The spare slots are as they were, and the others hold something.
-        assert not held.keys[:, SEQ:].any() and held.keys[:, :SEQ].any(-1).all()
+        assert not held.keys[:, :, SEQ:].any() and held.keys[:, :, :SEQ].any(1).all()
 
 
 def test_a_rows_index_may_be_traced():

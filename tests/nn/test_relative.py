@@ -177,3 +177,13 @@ def test_the_fewest_buckets_and_the_nearest_end_are_taken():
     for bidirectional, num_buckets in ((True, 4), (False, 2)):
         bias = bias_of(bidirectional, num_buckets, 2)
         np.testing.assert_array_equal(bias(3, 3), literal(f64(bias.weight), 3, 3, 0, num_buckets, 2, bidirectional))
+
+
+@both_ways
+def test_places_in_any_order_have_the_biases_of_their_distances(bidirectional):
+    made = bias_of(bidirectional)
+    places = nn.Places(jnp.array([9, 2, 2]), jnp.array([0, 30, 2, 9, 1]))
+    table = np.asarray(made(40, 40))
+    np.testing.assert_array_equal(
+        made(3, 5, places), table[:, np.asarray(places.queries)][:, :, np.asarray(places.keys)]
+    )
