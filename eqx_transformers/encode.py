@@ -274,8 +274,9 @@ def _computed(
 def _inputs(batch: Batch, tokens: list[Tokens], padding_id: int, has_types: bool) -> tuple[Any, Any, Any]:
     shape = (batch.rows, batch.length)
     ids, mask, types = np.full(shape, padding_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask[:, 0] = 1  # of the dummies too: attention to nothing is an edge that no text should pay for
-    for i, t in enumerate(tokens):
+    mask[:, 0] = 1  # of an empty text too: attention to nothing is an edge that no text should pay for
+    for i in range(batch.rows):  # the dummies are the first text again, for a model may ask for a token in every row
+        t = tokens[i] if i < len(tokens) else tokens[0]
         ids[i, : len(t.ids)] = t.ids
         mask[i, : len(t.ids)] = 1
         if has_types and t.types is not None:

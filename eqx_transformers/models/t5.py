@@ -19,7 +19,7 @@ from .decoder import real_of
 from .head_parts import Factors, matrix_of
 from .inputs import Attended, Ids, TargetAttended, TargetIds, mask_of, whole_numbers
 from .t5_config import T5Config
-from .t5_parts import Memory, T5Half
+from .t5_parts import Memory, T5Half, expect_one
 
 Key = PRNGKeyArray | None
 
@@ -109,6 +109,7 @@ class EncoderDecoder(Reader):
         self, memory: Memory, decoder_token_ids: TargetIds, decoder_attention_mask: TargetAttended | None, key: Key
     ) -> Float[Array, "target embed_dim"]:
         """The decoder's hidden states."""
+        expect_one(memory)
         ids: Any = whole_numbers("decoder_token_ids", decoder_token_ids)
         mask = mask_of(decoder_attention_mask, None, len(ids), causal=True)
         with within("embedding"):
@@ -121,8 +122,9 @@ class EncoderDecoder(Reader):
 
         Raises a `ValueError` for stacked blocks: a cache runs on a tuple of blocks, one cache a layer.
         """
+        expect_one(memory)
         with within("decoder"):
-            return self.decoder.init_cache(memory, length)
+            return self.decoder.init_cache(memory, length, self.embedding.weight.dtype)
 
     def advanced(
         self, decoder_token_ids: TargetIds, cache: AbstractCache, attention_mask: TargetAttended | None

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..nn import (
@@ -32,6 +33,16 @@ class Memory(NamedTuple):
 
     states: Float[Array, "*batch memory embed_dim"]
     real: Bool[Array, "*batch memory"]
+
+
+def expect_one(memory: Memory) -> None:
+    """Raises a `ValueError` for a batch of memories, and where the two parts are not of one length."""
+    states, real = jnp.shape(memory.states), jnp.shape(memory.real)
+    if len(states) != 2 or real != states[:1]:
+        raise ValueError(
+            f"A memory is what encode gave for one text, states 'memory embed_dim' and real 'memory', but these are"
+            f" {states} and {real}. jax.vmap over a batch of them."
+        )
 
 
 class T5LayerCache(NamedTuple):
@@ -102,12 +113,12 @@ class T5Block(eqx.Module):
             x = self._added(x, y, keys[3])
         return self._added(x, self._fed(x, keys[4]), keys[5])
 
-    def init_cache(self, memory: Memory, length: int) -> T5LayerCache:
+    def init_cache(self, memory: Memory, length: int, dtype: DTypeLike) -> T5LayerCache:
         """An empty cache with room for `length` tokens, and the memory's keys and values."""
         looking: Any = self.cross_attention
         with within("cross_attention"):
             kept = looking.remember(memory.states, memory.real)
-        return T5LayerCache(self.attention.init_cache(length, memory.states.dtype), kept)
+        return T5LayerCache(self.attention.init_cache(length, dtype), kept)
 
     def step(
         self,
@@ -187,13 +198,13 @@ class T5Half(eqx.Module):
             x = self.norm(x)
         return self.output_dropout(x, key=after, inference=True if key is None else None)
 
-    def init_cache(self, memory: Memory, length: int) -> Cache:
+    def init_cache(self, memory: Memory, length: int, dtype: DTypeLike) -> Cache:
         """An empty cache with room for `length` tokens, and every block's keys and values of the memory.
 
         Raises a `ValueError` for stacked blocks: a cache runs on a tuple of blocks, one cache a layer.
         """
         with within("stack"):
-            return Cache(tuple(block.init_cache(memory, length) for block in blocks_of(self.stack)), length)
+            return Cache(tuple(block.init_cache(memory, length, dtype) for block in blocks_of(self.stack)), length)
 
     def step(
         self, x: Float[Array, "seq embed_dim"], cache: AbstractCache, real: Bool[Array, " seq"]

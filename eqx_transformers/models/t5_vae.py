@@ -28,7 +28,8 @@ NORM_EPS = 1e-6
 
 class Posterior(NamedTuple):
     """What the encoder says of a text's codes: their means, and where they are variational the logarithm of their
-    variances; `real` are the codes that are not of padding."""
+    variances; `real` are the codes that are not of padding. Those of padding are the prior's, 0 and 0, which cost a
+    divergence nothing."""
 
     mean: Float[Array, "*batch codes latent_dim"]
     log_variance: Float[Array, "*batch codes latent_dim"] | None
@@ -74,12 +75,13 @@ class EncoderToLatent(eqx.Module):
 
     def __call__(self, states: Float[Array, "seq embed_dim"], real: Bool[Array, " seq"]) -> Posterior:
         pooled, real = self._pooled(states, real)
+        there = lambda x: jnp.where(jnp.broadcast_to(real[:, None], x.shape), x, 0)
         with within("dense"):
             mean = self.dense(pooled)
         if self.log_variance is None:
-            return Posterior(jnp.tanh(mean), None, real)
+            return Posterior(there(jnp.tanh(mean)), None, real)
         with within("log_variance"):
-            return Posterior(mean, self.log_variance(pooled), real)
+            return Posterior(there(mean), there(self.log_variance(pooled)), real)
 
     def _pooled(self, states: Array, real: Array) -> tuple[Array, Array]:
         one = jnp.ones(1, bool)

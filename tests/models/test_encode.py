@@ -1,6 +1,7 @@
 """Laws of `encode`: what it gives is what the model makes of each text alone, however the texts are put together."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -16,7 +17,7 @@ from tokenizers.processors import BertProcessing
 
 from converters import load
 from converters.demo import source
-from eqx_transformers import Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
+from eqx_transformers import T5_V1, Encoder, MaskedLM, SentenceEmbedder, SequenceClassifier
 from eqx_transformers.encode import bucket_lengths, encode, plan
 
 from ..full import FULL
@@ -314,3 +315,14 @@ def test_minilm_gives_sentence_transformers_embeddings():
     np.testing.assert_allclose(found, reference.encode(sentences), atol=1e-4, rtol=0)
     np.testing.assert_allclose(encode(model, reference.tokenizer, sentences, max_shapes=2), found, atol=1e-6)
     assert mine.to_str() == before
+
+
+def test_rows_that_are_no_text_are_no_edge_for_a_model_that_wants_a_token_in_every_row(monkeypatch):
+    """A T5's classifier reads its end token, and checking makes it an error that there is none: of dummies, too."""
+    monkeypatch.setenv("EQX_TRANSFORMERS_CHECK", "1")
+    facts = {"vocab_size": SIZES["vocab_size"], "embed_dim": 12, "num_heads": 2, "head_dim": 6, "mlp_dim": 10}
+    config = replace(T5_V1, **facts, num_layers=1, num_buckets=8, max_distance=7, end_id=2)
+    model, texts = SequenceClassifier(config, key=jax.random.key(0)), corpus(4, 3, 4)
+    found = encode(model, tokenizer(), texts, lengths=(16,), batch_tokens=32)
+    for got, expected in zip(found, alone(model, texts), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)

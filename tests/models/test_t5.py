@@ -102,6 +102,14 @@ def test_a_cache_changes_nothing_in_any_split_with_masks_on_both_sides(name):
     assert np.abs(whole[0] - whole[1])[PAD:].max() > 1e-2
 
 
+def test_a_cache_is_of_the_decoders_dtype_whatever_the_memorys():
+    model = make(T5, "t5")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x, model)
+    cache = half.init_cache(model.encode(tokens()), SLOTS)
+    assert {x.dtype for layer in cache.layers for x in (layer.own.keys, layer.own.values)} == {jnp.dtype("bfloat16")}
+    assert half.step(tokens(1, 3), cache)[0].dtype == jnp.bfloat16
+
+
 def test_a_cache_holds_what_each_layer_needs_and_the_memory_never_changes():
     model = make(T5Model, "umt5")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x, model)
@@ -308,6 +316,14 @@ WRONG = {
         "attention_mask must be 'seq' here: which tokens exist",
     ),
     "a short cache": (lambda: steps(tokens(0, 6)), "5 slots, of which 0 are filled: there is no room for 6 more"),
+    "a batch of memories": (
+        lambda: tiny().decode(Memory(*(np.stack([x, x]) for x in tiny().encode(tokens()))), tokens()),
+        r"A memory is what encode gave for one text.*\(2, 13, 21\) and \(2, 13\).*jax\.vmap",
+    ),
+    "a memory the other way round": (
+        lambda: tiny().init_cache(Memory(*tiny().encode(tokens())[::-1]), 5),
+        r"states 'memory embed_dim' and real 'memory', but these are \(13,\) and \(13, 21\)",
+    ),
     "no start": (lambda: tiny(T5Model, **NO_START)(tokens()), "names no start_id, with which .*T5's own is 0"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from eqx_transformers import T5_V1, T5VAE, Posterior, T5VAEConfig, T5VAEOutput, generate, stack
 from eqx_transformers.latents import interpolate
+from eqx_transformers.training import kl
 
 from ..full import FULL
 from .ours import KEY, filled
@@ -86,6 +87,10 @@ def test_codes_of_padding_are_zero_and_the_others_do_not_see_it():
     assert not found[5:].any()
     drawn = encode(model, np.pad(ids, (0, 4)), key=KEY)
     assert drawn[:5].all() and not drawn[5:].any()
+    posterior = model.posterior(np.pad(ids, (0, 4)))[1]
+    assert not np.concatenate([posterior.mean[5:], posterior.log_variance[5:]]).any()
+    alone = [x[None, :5] for x in posterior[:2]]
+    np.testing.assert_allclose(kl(posterior.mean[None], posterior.log_variance[None]), kl(*alone), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mean", "all tokens", "flat"])
