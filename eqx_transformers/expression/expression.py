@@ -1,0 +1,176 @@
+"""`trace`: a call of a model as a tree that can be looked at, asked, and run again."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from . import _jaxpr
+from .boundary import Record, Recorder, instrument
+from .build import Above, Source, nodes_of
+from .errors import ExpressionError
+from .evaluate import Caught, Plan, evaluate
+from .node import Node, short
+from .recognise import JAX_NN, Recogniser
+
+METHODS = ("__call__", "attend")
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A call of a model: `root` is its tree of nodes, and calling the expression runs it.
+
+    `expression(model, *args, **kwargs)` gives what `model(*args, **kwargs)` gave, to the last bit, for arguments of the
+    same structure, shapes and dtypes; it can be jitted, differentiated and mapped. The structure is that of the model
+    that was traced: the arrays may be others.
+    """
+
+    root: Node
+    body: _jaxpr.Inner
+    signature: "Signature"
+    records: dict[str, Record]
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(Plan(), model, *args, **kwargs)[0]
+
+    def run(self, plan: Plan, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Caught]]:
+        """With a plan of what to replace and what to catch; see `evaluate`."""
+        values = self.signature.values((model, args, kwargs))
+        out, caught = evaluate(self.body, values, plan)
+        return self.signature.result(out), caught
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, in the order in which they run, without the root."""
+        return (node for child in self.root.children for node in child.walk())
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What a traced call was given and gave: which leaves are arrays, their shapes, and what the others are."""
+
+    tree: Any
+    dynamic: tuple[bool, ...]
+    static: tuple[Any, ...]
+    structs: tuple[Any, ...]
+    out_tree: Any
+    out_dynamic: tuple[bool, ...]
+    out_static: tuple[Any, ...]
+
+    def values(self, given: Any) -> list[Any]:
+        """The arrays of a call's arguments. Raises an `ExpressionError` where they are not as those of the trace."""
+        leaves, tree = jax.tree.flatten(given)
+        if tree != self.tree:
+            raise ExpressionError(
+                f"The arguments have another structure than the traced ones: {_first_gap(tree, self.tree)}"
+            )
+        for is_array, x, static in zip(self.dynamic, leaves, self.static, strict=True):
+            if not is_array and not _same(x, static):
+                raise ExpressionError(f"The trace was made with {static!r}, but now there is {x!r}: trace anew.")
+        found = [x for is_array, x in zip(self.dynamic, leaves, strict=True) if is_array]
+        for x, wanted in zip(found, self.structs, strict=True):
+            if not hasattr(x, "dtype") or (np.shape(x), x.dtype) != (wanted.shape, wanted.dtype):
+                said = short(x) if hasattr(x, "dtype") else repr(x)
+                raise ExpressionError(f"The trace was made with {short(wanted)}, but now there is {said}: trace anew.")
+        return found
+
+    def result(self, values: list[Any]) -> Any:
+        """What the call gives, of its arrays."""
+        rest = iter(values)
+        leaves = [next(rest) if is_array else x for is_array, x in zip(self.out_dynamic, self.out_static, strict=True)]
+        return jax.tree.unflatten(self.out_tree, leaves)
+
+
+def trace(
+    model: Callable[..., Any],
+    *,
+    methods: tuple[str, ...] = METHODS,
+    functions: tuple[Recogniser, ...] = JAX_NN,
+) -> Callable[..., Expression]:
+    """`trace(model)(*args, **kwargs)` is the `Expression` of `model(*args, **kwargs)`.
+
+    - `model`: an Equinox module, a method of one (`model.encode`), or a function, whose first argument that is a module
+      is the model then, which paths begin at. Arguments are arrays or `jax.ShapeDtypeStruct`s; with those alone nothing
+      is computed or allocated.
+    - `methods`: the methods whose calls are nodes.
+    - `functions`: what to recognise where it is written inline.
+
+    Works under `jit`, `grad` and `vmap`. Nothing is patched, and nothing of the trace outlives the expression.
+    """
+    return lambda *args, **kwargs: _traced(model, args, kwargs, methods, functions)
+
+
+def _traced(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    methods: tuple[str, ...],
+    functions: tuple[Recogniser, ...],
+) -> Expression:
+    leaves, tree = jax.tree.flatten((model, args, kwargs))
+    dynamic = tuple(map(_is_array, leaves))
+    static = tuple(None if is_array else x for is_array, x in zip(dynamic, leaves, strict=True))
+    arrays = [x for is_array, x in zip(dynamic, leaves, strict=True) if is_array]
+    recorder, out = Recorder(methods), {}
+
+    def flat(alike: bool, *values: Any) -> list[Any]:
+        rest = iter(values)
+        given = [next(rest) if is_array else x for is_array, x in zip(dynamic, static, strict=True)]
+        function, args, kwargs = _watched(jax.tree.unflatten(tree, given), recorder, alike)
+        found, out["tree"] = jax.tree.flatten(function(*args, **kwargs))
+        out["dynamic"] = tuple(map(_is_array, found))
+        out["static"] = tuple(None if d else x for d, x in zip(out["dynamic"], found, strict=True))
+        return [x for d, x in zip(out["dynamic"], found, strict=True) if d]
+
+    closed = _jaxpr_of(flat, arrays, recorder)
+    recorder.open = False
+    body = _jaxpr.inner(closed)
+    source = Source(recorder.records, model_of(model, args), functions)
+    root = Node("root", "expression", children=nodes_of(source, body, Above()))
+    structs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+    signature = Signature(tree, dynamic, static, structs, out["tree"], out["dynamic"], out["static"])
+    return Expression(root, body, signature, recorder.records)
+
+
+def _jaxpr_of(flat: Callable[..., list[Any]], arrays: list[Any], recorder: Recorder) -> Any:
+    with jax.disable_jit(False):  # a user's disable_jit would erase every boundary
+        try:
+            return jax.make_jaxpr(lambda *values: flat(False, *values))(*arrays)
+        except ValueError as error:
+            # Blocks that a forward pass stacks itself have to be alike, but their paths are not.
+            if "metadata" not in str(error) and "custom node data" not in str(error):
+                raise
+            recorder.records.clear()
+            return jax.make_jaxpr(lambda *values: flat(True, *values))(*arrays)
+
+
+def _watched(given: Any, recorder: Recorder, alike: bool) -> Any:
+    """The call's function and arguments, with its model instrumented."""
+    model, args, kwargs = given
+    if _is_model(model):
+        return instrument(model, recorder, alike=alike), args, kwargs
+    index = next((i for i, x in enumerate(args) if _is_model(x)), None)
+    if index is None:
+        return model, args, kwargs
+    return model, (*args[:index], instrument(args[index], recorder, alike=alike), *args[index + 1 :]), kwargs
+
+
+def _is_model(x: Any) -> bool:
+    return isinstance(x, eqx.Module)
+
+
+def model_of(model: Any, args: tuple[Any, ...]) -> Any:
+    """The tree that paths begin at."""
+    if _is_model(model):
+        return getattr(model, "__self__", model)
+    return next((x for x in args if _is_model(x)), model)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(np.all(a == b)))
