@@ -1,7 +1,8 @@
 """How a module's call is seen in a jaxpr: a copy of the model whose modules run inside of named `jax.jit`s.
 
-Every module becomes an instance of a generated subclass of its own class, which has one static field more, its place.
-Nothing is patched, and no class, function or thread changes. Functions in fields, such as an activation, are wrapped.
+Every module becomes an instance of a generated subclass of its own class, which has one static field more, its places:
+one, or several where a model that is traced traces a part of itself. Nothing is patched, and no class, function or
+thread changes. Functions in fields, such as an activation, are wrapped.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.tree_util import KeyPath, SequenceKey
 
 PREFIX = "expression:"
 SCOPE = "expression.order"
-PLACE = "_expression_place"
+PLACES = "_expression_places"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ class Place:
         return found if found is not None and found.open else None
 
 
+def is_elsewhere(name: str | None) -> bool:
+    """Whether a name is that of a call which another trace sees that is still going on, around this one."""
+    if name is None or not name.startswith(PREFIX):
+        return False
+    recorder = _recorders.get(int(name.removeprefix(PREFIX).partition(":")[0]))
+    return recorder is not None and recorder.open
+
+
+def is_any_open() -> bool:
+    """Whether a trace is going on, around this code or in another thread."""
+    found = (ref() for ref in _recorders.valuerefs())
+    return any(recorder is not None and recorder.open for recorder in found)
+
+
 class Watched:
     """A function in a field of a module, whose calls are seen."""
 
@@ -118,9 +133,11 @@ def instrument(tree: Any, recorder: Recorder, keypath: KeyPath = (), *, alike: b
     step = lambda key: Every() if alike and isinstance(key, SequenceKey) else key
     below = lambda path: (*keypath, *map(step, path))
     made = shape.unflatten([instrument(x, recorder, below(path), alike=alike) for path, x in children])
-    if not isinstance(tree, eqx.Module) or not _is_called(tree, recorder.methods):
+    if not isinstance(tree, eqx.Module) or not is_called(tree, recorder.methods):
         return made
-    return _as(_watched_class(type(tree), recorder.methods), made, place)
+    places = (*getattr(tree, PLACES, ()), place)
+    methods = tuple(dict.fromkeys(name for x in places if x.watching is not None for name in x.watching.methods))
+    return _as(_watched_class(_unwatched(type(tree)), methods), made, places)
 
 
 def _is_bound(x: Any) -> bool:
@@ -135,7 +152,7 @@ def _is_function(x: Any) -> bool:
     return callable(x) and not isinstance(x, type | eqx.Module) and bool(getattr(x, "__name__", ""))
 
 
-def _is_called(module: eqx.Module, methods: tuple[str, ...]) -> bool:
+def is_called(module: eqx.Module, methods: tuple[str, ...]) -> bool:
     """Whether its class has one of the methods; Equinox's own wrappers are no modules of anyone's model."""
     home = type(module).__module__
     if home.startswith("equinox.") and not home.startswith("equinox.nn"):
@@ -148,6 +165,11 @@ def _defines(cls: type, name: str) -> bool:
     return any(name in base.__dict__ for base in cls.__mro__[:-1])
 
 
+def _unwatched(cls: type) -> type:
+    """The class itself, of one that was generated here."""
+    return cls.__mro__[1] if PLACES in cls.__dict__ else cls
+
+
 def _watched_class(cls: type, methods: tuple[str, ...]) -> type:
     made = _classes.setdefault(cls, {})
     if methods not in made:
@@ -157,28 +179,37 @@ def _watched_class(cls: type, methods: tuple[str, ...]) -> type:
 
 def _subclass(cls: type, methods: list[str]) -> type:
     inside: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    inside |= {"__annotations__": {PLACE: Any}, PLACE: eqx.field(static=True, default=None)}
+    inside |= {"__annotations__": {PLACES: Any}, PLACES: eqx.field(static=True, default=())}
     inside |= {name: _watched_method(getattr(cls, name), name, cls) for name in methods}
     return type(cls)(cls.__name__, (cls,), inside)
 
 
 def _watched_method(method: Callable[..., Any], name: str, cls: type) -> Callable[..., Any]:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        place = getattr(self, PLACE)
-        recorder = None if place is None else place.watching
-        if place is None or recorder is None:
-            return method(self, *args, **kwargs)
-        return _call(recorder, method, cls, self, place.keypath, args, kwargs)
+        call = method
+        for place in getattr(self, PLACES):
+            recorder = place.watching
+            if recorder is not None and name in recorder.methods:
+                call = _seen(recorder, call, cls, place.keypath)
+        return call(self, *args, **kwargs)
 
     watched.__name__ = name
     return watched
 
 
-def _as(cls: type, module: Any, place: Place) -> Any:
+def _seen(recorder: Recorder, method: Callable[..., Any], cls: type, keypath: KeyPath) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call(recorder, method, cls, self, keypath, args, kwargs)
+
+    return seen
+
+
+def _as(cls: type, module: Any, places: tuple[Place, ...]) -> Any:
     made = object.__new__(cls)
     for name, value in vars(module).items():
         object.__setattr__(made, name, value)
-    object.__setattr__(made, PLACE, place)
+    object.__setattr__(made, PLACES, places)
     return made
 
 
@@ -264,7 +295,7 @@ def _settings(module: eqx.Module) -> dict[str, Any]:
     found = {}
     for entry in fields(module):  # pyright: ignore[reportArgumentType]
         value = getattr(module, entry.name, None)
-        if entry.name != PLACE and (entry.metadata.get("static") or _is_setting(value)):
+        if entry.name != PLACES and (entry.metadata.get("static") or _is_setting(value)):
             found[entry.name] = value
     return found
 

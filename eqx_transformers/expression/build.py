@@ -7,7 +7,7 @@ import jax
 
 from ..surgery.paths import spell
 from . import _jaxpr
-from .boundary import SCOPE, Every, Record
+from .boundary import PREFIX, SCOPE, Every, Record
 from .node import Node, struct
 from .recognise import Group, Recogniser, groups_of
 
@@ -40,9 +40,18 @@ def nodes_of(source: Source, body: _jaxpr.Inner, above: Above) -> tuple[Node, ..
         if group is not None and id(group) not in done:
             done.add(id(group))
             found.append(_recognised(source, group, above))
-        if group is None and SCOPE not in _jaxpr.scopes(equation):
+        if group is None and _is_anothers(source, equation):
+            below = Above((*above.around, equation), above.phase, above.within)
+            found += nodes_of(source, _jaxpr.body_of_jit(equation), below)  # pyright: ignore[reportArgumentType]
+        elif group is None and SCOPE not in _jaxpr.scopes(equation):
             found.append(node_of(source, equation, above))
     return tuple(found)
+
+
+def _is_anothers(source: Source, equation: Any) -> bool:
+    """Whether it is a call that another trace saw: one within this, or around it."""
+    name = _jaxpr.name_of_jit(equation)
+    return name is not None and name.startswith(PREFIX) and name not in source.records
 
 
 def node_of(source: Source, equation: Any, above: Above) -> Node:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import _jaxpr
-from .boundary import PREFIX
+from .boundary import PREFIX, SCOPE, is_any_open, is_elsewhere
 from .errors import ExpressionError
 from .node import Chain, Node
 
@@ -64,6 +64,10 @@ def _run(
         chain = (*at, id(equation))
         if chain in plan.skipped and id(equation) not in state.kept:
             continue
+        if id(equation) in state.same and not plan.acts_at(chain):
+            state.flush()
+            state.write(equation.outvars, [state.read(state.same[id(equation)])])
+            continue
         if _waits(equation, chain, plan):
             state.waiting.append(equation)
             continue
@@ -76,8 +80,12 @@ def _run(
 def _waits(equation: Any, chain: Chain, plan: Plan) -> bool:
     """Whether an equation runs as it is, in one stretch with its neighbours. Boundaries are taken apart: what runs is
     what would have run without them."""
-    named = _jaxpr.name_of_jit(equation)
-    return not plan.acts_at(chain) and not (named is not None and named.startswith(PREFIX))
+    return not plan.acts_at(chain) and not _is_boundary(equation)
+
+
+def _is_boundary(equation: Any) -> bool:
+    name = _jaxpr.name_of_jit(equation)
+    return name is not None and name.startswith(PREFIX) and not is_elsewhere(name)
 
 
 def _step(state: "_State", equation: Any, chain: Chain, chains: list[Chain], turn: Any) -> list[Any]:
@@ -108,9 +116,8 @@ def _opened(
     jaxpr: Any, equation: Any, operands: Sequence[Any], plan: Plan, chain: Chain, chains: list[Chain], turn: Any
 ) -> tuple[list[Any], list[Any]]:
     """What an equation gives: boundaries run in place, containers with something to do inside are put together anew."""
-    name = _jaxpr.name_of_jit(equation)
     body = _jaxpr.body_of_jit(equation)
-    if body is not None and name is not None and name.startswith(PREFIX):
+    if body is not None and _is_boundary(equation):
         return _run(body, operands, plan, chain, chains, turn)
     if chain not in plan.touched:
         return _jaxpr.run_one(jaxpr, equation, operands), []
@@ -138,8 +145,12 @@ class _State:
         self.values |= dict(zip(body.jaxpr.invars, values, strict=True))
         self.waiting: list[Any] = []
         self.kept = _kept(body.jaxpr, plan, at)
+        # A trace around this one needs them: what is mapped between the two is in its order by them alone.
+        self.same = {} if is_any_open() else _same_again(body.jaxpr)
         self.last = _last_reads(body.jaxpr, plan, at)
         self.place = {id(e): i for i, e in enumerate(body.jaxpr.eqns)}
+        for e, before in self.same.items():
+            self.last[before] = max(self.last[before], self.place[e])
 
     def read(self, x: Any) -> Any:
         return x.val if isinstance(x, _jaxpr.Literal) else self.values[x]
@@ -155,6 +166,23 @@ class _State:
         wanted = [v for e in self.waiting for v in e.outvars if self.last.get(v, -1) > end]
         self.write(wanted, _jaxpr.run(self.body.jaxpr, self.waiting, wanted, self.values))
         self.waiting = []
+
+
+def _same_again(jaxpr: Any) -> dict[int, Any]:
+    """What a boundary's operations for the order of axes give back as it was, by the equation that does: they would be
+    second copies of their values, which a derivative would keep."""
+    made = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name == "reshape" and _orders(e)}
+    found = {}
+    for e in jaxpr.eqns:
+        if e.primitive.name == "squeeze" and _orders(e) and e.invars[0] in made:
+            before, after = made[e.invars[0]], e.outvars[0]
+            if before.aval.shape == after.aval.shape:
+                found[id(e)] = before
+    return found
+
+
+def _orders(equation: Any) -> bool:
+    return SCOPE in _jaxpr.scopes(equation) and not isinstance(equation.invars[0], _jaxpr.Literal)
 
 
 def _reads(equation: Any, plan: Plan, chain: Chain) -> list[Any]:

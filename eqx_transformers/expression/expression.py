@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,11 @@ from .build import Above, Source, nodes_of
 from .errors import ExpressionError
 from .evaluate import Caught, Plan, evaluate
 from .node import Node, short
+from .page import to_html
+from .query import Found, query
 from .recognise import JAX_NN, Recogniser
+from .show import Options, show
+from .xml import Dialect, to_json, to_xml
 
 METHODS = ("__call__", "attend")
 
@@ -46,6 +51,71 @@ class Expression:
         """All nodes, in the order in which they run, without the root."""
         return (node for child in self.root.children for node in child.walk())
 
+    def skeleton(self) -> Any:
+        """The model that was traced, with shapes and dtypes for its arrays."""
+        model, args, _ = self.signature.skeleton()
+        return model_of(model, args)
+
+    def __repr__(self) -> str:
+        return f"<Expression of {sum(1 for _ in self.nodes())} nodes; print it>"
+
+    def __str__(self) -> str:
+        return self.show()
+
+    def show(
+        self,
+        depth: int | None = None,
+        width: int = 120,
+        *,
+        under: Any = None,
+        functions: bool = False,
+        equations: bool = False,
+        fold: bool = True,
+    ) -> str:
+        """The tree as text, a line a call: `path : Class [marks and settings] (inputs) -> outputs`.
+
+        - `depth`: how many levels; `…` ends a line of which something is left out.
+        - `width`: of a line; settings that do not fit are left out.
+        - `under`: only what is at a path as printed, or is found by what `find` takes; its inside is shown in any case.
+        - `functions`: also JAX's own helpers (`cumsum`, `_where`), and what is inside of functions.
+        - `equations`: all there is.
+        - `fold`: blocks in which nothing differs are shown once: `blocks.1 … blocks.11 : as blocks.0`.
+
+        Marks: `vmap=1`, within an inner `jax.vmap`, of which one example is shown; `stack=12`, a call that the layers
+        of stacked blocks share; `recognised`, by its equations alone; `jvp`, `transpose`, added by a derivative.
+        """
+        return show(self, Options(depth, width, functions, equations, fold), under)
+
+    def to_xml(self, dialect: Dialect | None = None) -> str:
+        """The tree as XML, an element a node, named by its tag (`<lambda>` is `_lambda_`). Attributes: `kind`, `path`,
+        `name` (its last step, or that of a function), `type` and `class` (short and qualified), `method`, `in`, `out`,
+        `vmap`, `stack`, `phase`, `recognised`, and all settings that can be said in a word; one that is called as any
+        of these is `config.name`.
+
+        In the dialect "yax", modules are `module_call` and all else is named by its primitive; there are also
+        `primitive`, `entrypoint`, `ephemeral` (of the root alone) and `features` (of linear maps, their width).
+        """
+        return to_xml(self.root, dialect)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The same tree as JSON: `tag`, `attributes` (numbers and bools as such) and `children` of every node."""
+        return to_json(self.root, indent)
+
+    def to_html(self, path: str | Path | None = None, *, equations: bool = False) -> str:
+        """The tree as an HTML page that needs nothing else, with levels that unfold, and the parameters of each module;
+        also written to `path`. Needs the extra `expression`.
+        """
+        return to_html(self, path, equations=equations)
+
+    def query(self, xpath: str, dialect: Dialect | None = None, *, allow_empty: bool = False) -> Found:
+        """The nodes that an XPath 2 query selects in the tree that `to_xml(dialect)` prints: `//Linear`,
+        `//MLP//gelu`, `(//Block)[2]`, `//*[matches(@path, "^blocks[.][0-3][.]")]`. Needs the extra `expression`.
+
+        Raises a `QueryError`, which has the engine's message, for what is no query or selects no nodes but a number or
+        a text; and a `NoMatch` that names what is near when nothing is found, unless `allow_empty`.
+        """
+        return query(self, xpath, dialect, allow_empty=allow_empty)
+
 
 @dataclass(frozen=True, eq=False)
 class Signature:
@@ -75,6 +145,12 @@ class Signature:
                 said = short(x) if hasattr(x, "dtype") else repr(x)
                 raise ExpressionError(f"The trace was made with {short(wanted)}, but now there is {said}: trace anew.")
         return found
+
+    def skeleton(self) -> Any:
+        """What was given, with shapes and dtypes for its arrays."""
+        rest = iter(self.structs)
+        given = [next(rest) if is_array else x for is_array, x in zip(self.dynamic, self.static, strict=True)]
+        return jax.tree.unflatten(self.tree, given)
 
     def result(self, values: list[Any]) -> Any:
         """What the call gives, of its arrays."""
@@ -166,6 +242,21 @@ def model_of(model: Any, args: tuple[Any, ...]) -> Any:
     if _is_model(model):
         return getattr(model, "__self__", model)
     return next((x for x in args if _is_model(x)), model)
+
+
+def _first_gap(found: Any, wanted: Any) -> str:
+    """Where two structures part, looked for from the outside in."""
+    pairs = list(zip(found.children(), wanted.children(), strict=False))
+    is_here = found.node_data() != wanted.node_data() or len(found.children()) != len(wanted.children())
+    gap = None if is_here else next(((a, b) for a, b in pairs if a != b), None)
+    return f"{_structure(found)} where there was {_structure(wanted)}." if gap is None else _first_gap(*gap)
+
+
+def _structure(tree: Any) -> str:
+    if tree.node_data() is None:
+        return "a leaf"
+    kind, facts = tree.node_data()
+    return f"{kind.__name__} of {len(tree.children())}" + (f" {facts}" if facts else "")
 
 
 def _is_array(x: Any) -> bool:

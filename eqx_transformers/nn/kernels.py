@@ -64,6 +64,26 @@ def plain(
     return _over_axes(_plain, q, k, v, mask, bias=bias, scale=scale, rate=rate, key=key, empty=empty)
 
 
+def probabilities(
+    q: Float[Array, "*axes seq num_heads head_dim"],
+    k: Float[Array, "*axes keys num_kv_heads head_dim"],
+    mask: Mask,
+    *,
+    bias: Float[Array, "num_heads seq keys"] | None = None,
+    scale: float | int | Float[Array, ""],
+    empty: str = "zeros",
+) -> Float[Array, "*axes num_heads seq keys"]:
+    r"""$\mathrm{softmax}(q k^\top \cdot s + b)$ alone, the weights with which `attend` sums the values, before dropout.
+
+    In float32 at least. They are the whole table, which `attend` itself never holds: to be looked at.
+    """
+    _check(q, k, k, mask, bias, empty)
+    inner = functools.partial(_probabilities, mask=mask, bias=bias, scale=scale, empty=empty)
+    for _ in range(q.ndim - 3):
+        inner = jax.vmap(inner)
+    return inner(q, k)
+
+
 def explain(q, k, v, mask: Mask, *, bias=None, scale: Any = 1.0, rate: Any = 0.0, empty: str = "zeros") -> str:
     """One line: which path `attend` takes for these operands (arrays, or `jax.ShapeDtypeStruct`s), and why.
 
@@ -83,16 +103,21 @@ def _over_axes(path, q, k, v, mask, *, key, **rest):
 
 def _plain(q, k, v, mask, *, bias, scale, rate, key, empty):
     (seq, heads, _), (keys, kv_heads, _) = q.shape, k.shape
-    grouped = q.reshape(seq, kv_heads, heads // kv_heads, -1)
-    # The scale comes after the product, in its dtype: a bfloat16 query that was scaled has been rounded twice.
-    scores = jnp.einsum("sngd,tnd->ngst", grouped, k, preferred_element_type=wide(q.dtype)) * _like(scale, q)
-    weights = _weights(scores.reshape(heads, seq, keys), mask.allowed(seq, keys), bias, empty)
+    weights = _probabilities(q, k, mask, bias=bias, scale=scale, empty=empty)
     seeds, rate = _dropout(q, rate, key)
     if seeds is not None and rate is not None:
         weights = weights * keep(seeds, rate, keys)
     # The values are widened, rather than the weights rounded: bfloat16 weights err 1.3 times as much as torch's kernel.
     out = jnp.einsum("ngst,tnd->sngd", weights.reshape(kv_heads, -1, seq, keys), v.astype(wide(q.dtype)))
     return out.reshape(seq, heads, -1).astype(q.dtype)
+
+
+def _probabilities(q, k, mask, *, bias, scale, empty):
+    (seq, heads, _), (keys, kv_heads, _) = q.shape, k.shape
+    grouped = q.reshape(seq, kv_heads, heads // kv_heads, -1)
+    # The scale comes after the product, in its dtype: a bfloat16 query that was scaled has been rounded twice.
+    scores = jnp.einsum("sngd,tnd->ngst", grouped, k, preferred_element_type=wide(q.dtype)) * _like(scale, q)
+    return _weights(scores.reshape(heads, seq, keys), mask.allowed(seq, keys), bias, empty)
 
 
 def _weights(

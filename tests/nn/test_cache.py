@@ -79,6 +79,7 @@ def test_a_batch_has_arrays_of_its_own_and_one_index():
 def test_branches_see_the_trunk_and_what_is_behind_them_and_stand_in_one_place():
     """By hand: two padded tokens of three are the trunk, then two branches, of which the first goes on twice."""
     trunk = cache().extended(jnp.array([False, True, True]))
+    assert isinstance(trunk.branched(2), nn.Branches) and issubclass(nn.Branches, nn.AbstractCache)
     first = trunk.branched(2).extended(jnp.array([True, True]))
     assert first.mask(2).allowed(2, LENGTH).tolist() == [
         [False, True, True, True, False, False, False],
