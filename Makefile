@@ -1,12 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 # Pinned here, and not in the extras, so that two machines build the same environment.
 TORCH := torch==2.13.0
 # One process a core; a file stays in one of them, because its tests share what they compiled.
 PYTEST := -q -n 2 --dist loadfile
 
-.PHONY: run test test-full lint format bench clean
+.PHONY: run test test-full test-jax-oldest lint format bench clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.ready  ## convert, verify and use the embedded MiniLM
@@ -17,6 +18,10 @@ test: $(VENV)/.ready  ## the whole suite, long proofs with small counts
 
 test-full: $(VENV)/.ready  ## the whole suite, long proofs with the stated counts
 	EQX_TRANSFORMERS_FULL=1 $(BIN)/python -m pytest $(PYTEST)
+
+# What takes jaxprs apart, on the oldest JAX that is promised; `make test` has the newest.
+test-jax-oldest: $(OLDEST)/.ready  ## expressions and surgery on jax 0.7.2
+	$(OLDEST)/bin/python -m pytest $(PYTEST) tests/expression tests/surgery
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -33,6 +38,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.functional
+	$(BIN)/python -m benchmarks.trace
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -42,5 +48,12 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml Makefile
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[test]' jax==0.7.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.eqx .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) *.eqx .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ if _os.environ.get("EQX_TRANSFORMERS_CHECK") == "1":
     _install()
 
 from .encode import encode as encode
-from .expression import Rewritten as Rewritten, rewrite as rewrite
+from .expression import Rewritten as Rewritten, capture as capture, rewrite as rewrite, trace as trace
 from .generation import Beams as Beams, beam_search as beam_search, generate as generate
 from .models import (
     BERT as BERT,
