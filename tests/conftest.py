@@ -10,7 +10,7 @@ import pytest
 from beartype.claw import beartype_package
 
 from .compiling import choose_quick
-from .full import FULL
+from .full import FULL, in_turn
 
 beartype_package("converters")  # before anything imports it
 
@@ -24,6 +24,16 @@ def pytest_configure(config):
     has_workers = bool(getattr(config.option, "numprocesses", None))
     if has_workers and not FULL and not hasattr(config, "workerinput"):
         choose_quick()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Long tables go by turns, but where rows were asked for by name. All workers choose the same ones."""
+    if FULL or any("::" in given for given in config.args):
+        return
+    name = lambda item: f"{item.module.__name__.removeprefix('tests.')}.{item.name}"
+    chosen = in_turn([name(item) for item in items])
+    config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
+    items[:] = [item for item, runs in zip(items, chosen, strict=True) if runs]
 
 
 @pytest.fixture(scope="module", autouse=True)
