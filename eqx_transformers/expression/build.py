@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..surgery.paths import spell
+from ..surgery.paths import at, spell
 from . import _jaxpr
 from .boundary import PREFIX, SCOPE, Every, Record
 from .node import Node, struct
@@ -162,20 +162,6 @@ def _stack(model: Any, record: Record, vmap: int) -> int | None:
     if not arrays or not record.widths or arrays[0].ndim != record.widths[0] + 1:
         return None
     return arrays[0].shape[0]
-
-
-def at(tree: Any, keypath: Any) -> Any:
-    """The node at a key path."""
-    for key in keypath:
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            tree = getattr(tree, key.name)
-        elif isinstance(key, jax.tree_util.SequenceKey):
-            tree = tree[key.idx]
-        elif isinstance(key, jax.tree_util.DictKey):
-            tree = tree[key.key]
-        else:
-            raise TypeError(f"A path goes through attributes, sequences and dictionaries, but here is {key!r}.")
-    return tree
 
 
 def spell_call(keypath: Any) -> str:
