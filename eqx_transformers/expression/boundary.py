@@ -239,8 +239,8 @@ def _call(
         traced=traced,
         static=[None if is_traced else x for is_traced, x in zip(traced, leaves, strict=True)],
         own=sum(traced[:own]),
-        widths=tuple(x.ndim for x in leaves[:own] if _is_array(x)),
-        inputs=tuple(jax.typeof(x) for x in jax.tree.leaves((args, kwargs)) if _is_array(x)),
+        widths=tuple(x.ndim for x in leaves[:own] if is_array(x)),
+        inputs=tuple(jax.typeof(x) for x in jax.tree.leaves((args, kwargs)) if is_array(x)),
     )
 
     def body(*operands: Any) -> list[Any]:
@@ -249,7 +249,7 @@ def _call(
         leaves, record.out_tree = jax.tree.flatten(out)
         record.out_traced = tuple(map(_is_traced, leaves))
         record.out_static = [None if t else x for t, x in zip(record.out_traced, leaves, strict=True)]
-        record.outputs = tuple(jax.typeof(x) for x in leaves if _is_array(x))
+        record.outputs = tuple(jax.typeof(x) for x in leaves if is_array(x))
         return [_in_order(x) for x in leaves if _is_traced(x)]
 
     body.__name__ = body.__qualname__ = recorder.add(record)
@@ -286,8 +286,16 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array or a tracer, and not a setting."""
     return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether a value that was no array in the trace is what it was."""
+    if isinstance(a, jax.core.Tracer):
+        return False
+    return a is b or (type(a) is type(b) and bool(np.all(a == b)))
 
 
 def _settings(module: eqx.Module) -> dict[str, Any]:

@@ -66,15 +66,7 @@ def patch(model: Callable[..., Any], values: Mapping[Any, Any]) -> Callable[...,
     Raises `NoMatch` where nothing is selected, and `ShapeMismatch` for a value of another structure, shape or dtype.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        expression = trace(model)(*args, **kwargs)
-        plan = Plan()
-        for what, value in values.items():
-            for place in places_of(expression, what):
-                _set(plan, place, value)
-        return expression.run(plan, model, *args, **kwargs)[0]
-
-    return run
+    return _edited(model, values, lambda plan, _, place, value: _set(plan, place, value))
 
 
 def ablate(
@@ -86,13 +78,25 @@ def ablate(
     is zero, or with `mean` its mean over the sequence. Raises a `ValueError` for a head that is not there.
     """
 
+    def without(plan: Plan, expression: Expression, place: "Spot", chosen: int | Sequence[int]) -> None:
+        place = place._replace(node=_attend_of(expression, place.node))
+        _set(plan, place, _without(place.node, chosen, mean))
+
+    return _edited(model, heads, without)
+
+
+def _edited(
+    model: Callable[..., Any],
+    edits: Mapping[Any, Any],
+    add: Callable[[Plan, Expression, "Spot", Any], None],
+) -> Callable[..., Any]:
+    """The model's output under the plan to which `add` adds an edit of each place that is named."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        expression = trace(model)(*args, **kwargs)
-        plan = Plan()
-        for what, chosen in heads.items():
+        expression, plan = trace(model)(*args, **kwargs), Plan()
+        for what, value in edits.items():
             for place in places_of(expression, what):
-                place = place._replace(node=_attend_of(expression, place.node))
-                _set(plan, place, _without(place.node, chosen, mean))
+                add(plan, expression, place, value)
         return expression.run(plan, model, *args, **kwargs)[0]
 
     return run
@@ -139,7 +143,7 @@ def _attend_of(expression: Expression, node: Node) -> Node:
     inside = [n for n in node.walk() if n.path == f"{node.path}.{ATTEND}"] if node.kind == "module" else []
     if len(inside) != 1:
         raise ExpressionError(
-            f"{node.path or node.tag} is a {node.tag}: heads are those of an attention, a module whose field"
+            f"{node.name} is a {node.tag}: heads are those of an attention, a module whose field"
             f" {ATTEND} is called once."
         )
     return inside[0]
@@ -147,7 +151,7 @@ def _attend_of(expression: Expression, node: Node) -> Node:
 
 def expect_open(node: Node) -> None:
     """Raises an `ExpressionError` where nothing can be brought out of, or set at, a node's place."""
-    where = node.path or node.tag
+    where = node.name
     if node.guard is not None:
         raise ExpressionError(
             f"{where} lies within {node.guard}, which has a derivative rule of its own: use the whole of it."
@@ -209,7 +213,7 @@ def _set(plan: Plan, place: Spot, value: Any) -> None:
     if node.equation is None:
         raise ExpressionError(f"{node.tag} was recognised by its equations: rewrite replaces it as a function.")
     if node.chain in plan.replaced:
-        raise ExpressionError(f"{node.path or node.tag} is set twice.")
+        raise ExpressionError(f"{node.name} is set twice.")
 
     def call(_: Sequence[Any], original: Callable[[], Sequence[Any]], turn: Any) -> Sequence[Any]:
         results = list(original())
@@ -229,10 +233,10 @@ def _at_turn(value: Any, turn: Any) -> Any:
 def _chosen(node: Node, old: Any, new: Any, layer: int | None, turn: Any, results: list[Any]) -> list[Any]:
     before, after = jax.tree.flatten(old), jax.tree.flatten(new)
     if before[1] != after[1]:
-        raise ShapeMismatch(f"{node.path or node.tag} gives {before[1]}, but was set to {after[1]}.")
+        raise ShapeMismatch(f"{node.name} gives {before[1]}, but was set to {after[1]}.")
     for a, b in zip(before[0], after[0], strict=True):
         if (jnp.shape(a), jnp.result_type(a)) != (jnp.shape(b), jnp.result_type(b)):
-            raise ShapeMismatch(f"{node.path or node.tag} gives {short(a)}, but was set to {short(b)}.")
+            raise ShapeMismatch(f"{node.name} gives {short(a)}, but was set to {short(b)}.")
     if layer is not None:
         after = [jnp.where(turn == layer, b, a) for a, b in zip(before[0], after[0], strict=True)], after[1]
     dynamic = node.record.out_traced if node.record is not None else (True,) * len(results)

@@ -41,7 +41,7 @@ class Plan:
 
 
 class Caught(NamedTuple):
-    """A value that was brought out, and the place that it is from; `turns` are the leading axes of scans."""
+    """A value that was brought out, with a leading axis for each scan around it, and the place that it is from."""
 
     chain: Chain
     value: Any

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from . import _jaxpr
-from .boundary import Record, Recorder, instrument
+from .boundary import Record, Recorder, instrument, is_array, is_same
 from .build import Above, Source, nodes_of
 from .errors import ExpressionError
 from .evaluate import Caught, Plan, evaluate
@@ -136,10 +136,10 @@ class Signature:
             raise ExpressionError(
                 f"The arguments have another structure than the traced ones: {_first_gap(tree, self.tree)}"
             )
-        for is_array, x, static in zip(self.dynamic, leaves, self.static, strict=True):
-            if not is_array and not _same(x, static):
+        for is_traced, x, static in zip(self.dynamic, leaves, self.static, strict=True):
+            if not is_traced and not is_same(x, static):
                 raise ExpressionError(f"The trace was made with {static!r}, but now there is {x!r}: trace anew.")
-        found = [x for is_array, x in zip(self.dynamic, leaves, strict=True) if is_array]
+        found = [x for is_traced, x in zip(self.dynamic, leaves, strict=True) if is_traced]
         for x, wanted in zip(found, self.structs, strict=True):
             if not hasattr(x, "dtype") or (np.shape(x), x.dtype) != (wanted.shape, wanted.dtype):
                 said = short(x) if hasattr(x, "dtype") else repr(x)
@@ -149,13 +149,15 @@ class Signature:
     def skeleton(self) -> Any:
         """What was given, with shapes and dtypes for its arrays."""
         rest = iter(self.structs)
-        given = [next(rest) if is_array else x for is_array, x in zip(self.dynamic, self.static, strict=True)]
+        given = [next(rest) if is_traced else x for is_traced, x in zip(self.dynamic, self.static, strict=True)]
         return jax.tree.unflatten(self.tree, given)
 
     def result(self, values: list[Any]) -> Any:
         """What the call gives, of its arrays."""
         rest = iter(values)
-        leaves = [next(rest) if is_array else x for is_array, x in zip(self.out_dynamic, self.out_static, strict=True)]
+        leaves = [
+            next(rest) if is_traced else x for is_traced, x in zip(self.out_dynamic, self.out_static, strict=True)
+        ]
         return jax.tree.unflatten(self.out_tree, leaves)
 
 
@@ -186,17 +188,17 @@ def _traced(
     functions: tuple[Recogniser, ...],
 ) -> Expression:
     leaves, tree = jax.tree.flatten((model, args, kwargs))
-    dynamic = tuple(map(_is_array, leaves))
-    static = tuple(None if is_array else x for is_array, x in zip(dynamic, leaves, strict=True))
-    arrays = [x for is_array, x in zip(dynamic, leaves, strict=True) if is_array]
+    dynamic = tuple(map(_is_shaped, leaves))
+    static = tuple(None if is_traced else x for is_traced, x in zip(dynamic, leaves, strict=True))
+    arrays = [x for is_traced, x in zip(dynamic, leaves, strict=True) if is_traced]
     recorder, out = Recorder(methods), {}
 
     def flat(alike: bool, *values: Any) -> list[Any]:
         rest = iter(values)
-        given = [next(rest) if is_array else x for is_array, x in zip(dynamic, static, strict=True)]
+        given = [next(rest) if is_traced else x for is_traced, x in zip(dynamic, static, strict=True)]
         function, args, kwargs = _watched(jax.tree.unflatten(tree, given), recorder, alike)
         found, out["tree"] = jax.tree.flatten(function(*args, **kwargs))
-        out["dynamic"] = tuple(map(_is_array, found))
+        out["dynamic"] = tuple(map(_is_shaped, found))
         out["static"] = tuple(None if d else x for d, x in zip(out["dynamic"], found, strict=True))
         return [x for d, x in zip(out["dynamic"], found, strict=True) if d]
 
@@ -259,9 +261,5 @@ def _structure(tree: Any) -> str:
     return f"{kind.__name__} of {len(tree.children())}" + (f" {facts}" if facts else "")
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(np.all(a == b)))
+def _is_shaped(x: Any) -> bool:
+    return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)

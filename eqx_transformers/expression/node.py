@@ -54,6 +54,11 @@ class Node:
             yield from child.walk()
 
     @property
+    def name(self) -> str:
+        """What a message calls it: its path, or its tag where it has none."""
+        return self.path or self.tag
+
+    @property
     def guard(self) -> str | None:
         """The function with its own derivative rule around this node, if there is one."""
         named = (_jaxpr.name_of_custom(e) for e in self.around)

@@ -88,7 +88,7 @@ class Found:
     def one(self) -> Node:
         """The node. Raises a `QueryError` unless there is one alone."""
         if len(self.nodes) != 1:
-            said = ", ".join(node.path or node.tag for node in self.nodes[:6]) + ", …" * (self.count > 6)
+            said = ", ".join(node.name for node in self.nodes[:6]) + ", …" * (self.count > 6)
             raise QueryError(f"{self.xpath!r}: expected 1 node, found {self.count}: {said}")
         return self.nodes[0]
 
@@ -184,9 +184,7 @@ def _meant(expression: Traced, what: Any) -> Iterable[Node]:
 
 def _own(root: Node, node: Node) -> Node:
     if not any(node is other for other in root.walk()):
-        raise QueryError(
-            f"{node.path or node.tag}: this node is of another expression. Query this one, or pass the query."
-        )
+        raise QueryError(f"{node.name}: this node is of another expression. Query this one, or pass the query.")
     return node
 
 
@@ -224,7 +222,7 @@ def _holds(predicate: Callable[[Node], Any], node: Node) -> bool:
     except Exception as error:
         raise QueryError(
             f"No function that is called here has the name {name}, and as a predicate on the node"
-            f" {node.path or node.tag} it failed: {type(error).__name__}: {error}"
+            f" {node.name} it failed: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(holds, bool):
         raise QueryError(

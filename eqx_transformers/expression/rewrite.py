@@ -12,11 +12,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..surgery.select import Selection
 from . import _jaxpr
-from .boundary import arguments_of
+from .boundary import arguments_of, is_array, is_same
 from .errors import ExpressionError, NoMatch, QueryError, ShapeMismatch
 from .evaluate import Plan, Replacement
 from .expression import Expression, trace
@@ -220,7 +219,7 @@ def _more_axes(node: Node) -> list[int]:
     seen = iter([*record.widths, *(x.ndim for x in record.inputs)])
     axes = []
     for is_traced, static in zip(record.traced, record.static, strict=True):
-        if is_traced or isinstance(static, jax.Array | np.ndarray | np.generic):
+        if is_traced or is_array(static):
             ndim = next(seen)
             axes += [ndim] if is_traced else []
     return [x.aval.ndim - n for x, n in zip(_given(node, node.equation.invars), axes, strict=True)]
@@ -288,7 +287,7 @@ def _called(node: Node, replacement: Callable[..., Any], *operands: Any) -> list
     for x, is_traced, static in zip(leaves, record.out_traced, record.out_static, strict=True):
         if is_traced:
             results.append(x)
-        elif not _same(x, static):
+        elif not is_same(x, static):
             raise ShapeMismatch(_gap(node, f"{static!r}, which is no array and decided what follows", repr(x)))
     shapes = zip(_arrays(record.out_traced, record.out_static), record.outputs, strict=True)
     return _expected(node, results, [struct(x) for is_traced, x in shapes if is_traced])
@@ -296,14 +295,7 @@ def _called(node: Node, replacement: Callable[..., Any], *operands: Any) -> list
 
 def _arrays(traced: tuple[bool, ...], static: list[Any]) -> list[bool]:
     """Of the leaves that are arrays, which are traced."""
-    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)
     return [is_traced for is_traced, x in zip(traced, static, strict=True) if is_traced or is_array(x)]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, jax.core.Tracer):
-        return False
-    return a is b or (type(a) is type(b) and bool(np.all(a == b)))
 
 
 def _expected(node: Node, leaves: list[Any], wanted: list[jax.ShapeDtypeStruct]) -> list[Any]:
