@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .loop import Ends, Prompt, Start, settled, start_of, stepped, wide
+from .loop import Ends, Prompt, Start, caches, settled, start_of, stepped, wide
 from .processors import SoFar, highest, processed
 from .turned import for_rows
 
@@ -77,7 +77,7 @@ def opened(start: Start, cache: Any, length: int, rule: Rule, ends: Ends) -> Sea
     alike = lambda x: jnp.repeat(wide(x, length)[:, None], beams, axis=1)
     first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER)[None, :], (batch, beams))
     return Search(
-        cache=branched(cache, beams),
+        cache=caches(lambda one: one.branched(beams), cache, cache.axes),
         ids=alike(start.ids),
         real=alike(start.real),
         running=first,
@@ -89,14 +89,6 @@ def opened(start: Start, cache: Any, length: int, rule: Rule, ends: Ends) -> Sea
         more=jnp.ones((), bool),
         sound=jnp.ones((), bool),
     )
-
-
-def branched(cache: Any, beams: int) -> Any:
-    """The caches of all rows, each of which goes on in so many ways."""
-    make = lambda cache: cache.branched(beams)
-    first = lambda axis, x: x if axis is None else x[0]
-    one = jax.eval_shape(make, jax.tree.map(first, cache.axes, cache, is_leaf=lambda axis: axis is None))
-    return jax.vmap(make, (cache.axes,), one.axes)(cache)
 
 
 class Candidates(NamedTuple):
@@ -202,9 +194,8 @@ def run(
 ) -> tuple[Beams, Bool[Array, ""]]:
     """All of it as one program, and whether no score was NaN."""
     width = prompt.width
-    slots = (
-        width + max(1, prompt.length - width - 1) * rule.beams
-    )  # the prompt's serve all; no step reads the last token
+    # The prompt's slots serve all beams, and no step reads the last token.
+    slots = width + max(1, prompt.length - width - 1) * rule.beams
     start = start_of(model, prompt._replace(length=slots))
     rows = len(start.ids)
     scores, cache = stepped(model, start.ids, start.cache, start.real)

@@ -66,17 +66,20 @@ def start_of(model: Any, prompt: Prompt) -> Start:
     """A model with an encoder reads the prompt there, and its decoder begins with `start_id`; another continues it."""
     slots = -(-prompt.length // ALIGNED) * ALIGNED
     if not hasattr(model, "encode"):
-        return Start(_caches(lambda _: model.init_cache(slots), prompt.ids[:, 0]), prompt.ids, prompt.real)
+        return Start(caches(lambda _: model.init_cache(slots), prompt.ids[:, 0]), prompt.ids, prompt.real)
     memory = prompt.memory
     if memory is None:
         memory = jax.vmap(lambda ids, real: model.encode(ids, attention_mask=real))(prompt.ids, prompt.real)
     first = jnp.full((len(jax.tree.leaves(memory)[0]), 1), model.start_id, jnp.int32)
-    return Start(_caches(lambda one: model.init_cache(one, slots), memory), first, jnp.ones(first.shape, bool))
+    return Start(caches(lambda one: model.init_cache(one, slots), memory), first, jnp.ones(first.shape, bool))
 
 
-def _caches(make: Callable[[Any], Any], rows: Any) -> Any:
-    axes = jax.eval_shape(make, jax.tree.map(lambda x: x[0], rows)).axes
-    return jax.vmap(make, out_axes=axes)(rows)
+def caches(make: Callable[[Any], Any], rows: Any, axes: Any = 0) -> Any:
+    """The caches that `make` gives for the rows, which lie along `axes`: each array's rows along the axis that the
+    cache says."""
+    first = lambda axis, part: part if axis is None else jax.tree.map(lambda x: x[0], part)
+    one = jax.eval_shape(make, jax.tree.map(first, axes, rows, is_leaf=lambda axis: axis is None))
+    return jax.vmap(make, (axes,), one.axes)(rows)
 
 
 def stepped(
