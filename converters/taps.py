@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqx_transformers import MultipleChoice
+from eqx_transformers.expression import capture
 from eqx_transformers.skeletons import stacks
 
 from .families import FAMILIES
@@ -88,34 +89,27 @@ def at(tree: Any, path: str) -> Any:
     return tree
 
 
-class _Tap(eqx.Module):
-    """Calls the module in its place and leaves the result in `sink`, which lives for one trace."""
-
-    module: eqx.Module
-    leave: Callable[[Any], None] = eqx.field(static=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.module(*args, **kwargs)
-        self.leave(result)
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "module"), name)
-
-
 def outputs(model: Any, paths: Sequence[str]) -> Callable[[Inputs], dict[str, np.ndarray]]:
     """A function of inputs: the output of the module at each path, and the model's own at "", for every row.
 
     It is compiled once for all inputs of one shape. A model of several outputs gives them side by side. The choices of
-    a multiple choice are rows of their own: what its inner `vmap` computes could not be seen from outside.
+    a multiple choice are rows of their own, as they are in the reference.
     """
-    inner = sorted(paths, key=lambda path: -path.count("."))  # inner ones first: a tap hides what it holds
-    choices = isinstance(model, MultipleChoice)
+    chosen, choices = frozenset(paths), isinstance(model, MultipleChoice)
+
+    def called(model: Any, ids: Any, kwargs: dict[str, Any]) -> Any:
+        output = model.score(ids, kwargs, None) if choices else model(ids, **kwargs)
+        if "pooler" in chosen:  # a bare encoder holds its pooler for others, and does not call it
+            model.pooler(output)
+        return output
+
+    wanted = lambda node: node.path in chosen and node.method == "__call__"
 
     @eqx.filter_jit
     def run(model: Any, given: Any) -> dict[str, Any]:
         kwargs = {name: x for name, x in given.items() if name != "ids"}
-        return jax.vmap(lambda ids, kwargs: _tapped(model, inner, ids, kwargs))(given["ids"], kwargs)
+        seen = capture(called, wanted) if chosen else lambda *args: (called(*args), {})
+        return jax.vmap(lambda ids, kwargs: _outputs_of(*seen(model, ids, kwargs)))(given["ids"], kwargs)
 
     def of(inputs: Inputs) -> dict[str, np.ndarray]:
         given = {name: flat(x) if choices else x for name, x in inputs.items()}
@@ -124,16 +118,11 @@ def outputs(model: Any, paths: Sequence[str]) -> Callable[[Inputs], dict[str, np
     return of
 
 
-def _tapped(model: Any, paths: Sequence[str], ids: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    sink: dict[str, Any] = {}
-    for path in paths:
-        tap = _Tap(at(model, path), lambda y, path=path: sink.__setitem__(path, y))
-        model = eqx.tree_at(lambda m, path=path: at(m, path), model, tap)
-    output = model.score(ids, kwargs, None) if isinstance(model, MultipleChoice) else model(ids, **kwargs)
-    if "pooler" in paths:  # a bare encoder holds its pooler for others, and does not call it
-        model.pooler(output)
+def _outputs_of(output: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """Of what is called twice (`path`, `path@1`), as one table for both halves of a T5, the last one counts."""
+    parts = {path.partition("@")[0]: x for path, x in parts.items()}
     leaves = jax.tree.leaves(output)
-    return {**sink, "": leaves[0] if len(leaves) == 1 else jnp.concatenate([x.ravel() for x in leaves])}
+    return {**parts, "": leaves[0] if len(leaves) == 1 else jnp.concatenate([x.ravel() for x in leaves])}
 
 
 def gradient(model: Any, inputs: Inputs, weights: np.ndarray) -> Any:
