@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..nn import Attention, Embedding, Linear, MemoryCache
 from ..nn._dtypes import wider
@@ -65,7 +65,9 @@ class TurnedLinear(eqx.Module):
     def out_features(self) -> int:
         return self.turned.size
 
-    def __call__(self, x: Float[Array, "*axes {self.in_features}"]) -> Float[Array, "*axes {self.out_features}"]:
+    def __call__(
+        self, x: Float[Array, "*axes {self.in_features}"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*axes {self.out_features}"]:
         expect_last_axis(self, "in_features", self.in_features, x.shape)
         y = self.turned.contract(x)
         if self.bias is not None:

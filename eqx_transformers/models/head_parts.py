@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ..nn import ACTIVATIONS, Embedding, LayerNorm, Linear
 from ..nn._dtypes import wider
 from ..nn._errors import within
+from ..nn._keys import keyed
 from .encoder_config import EncoderConfig
 
 
@@ -145,10 +146,10 @@ class ClassificationHead(eqx.Module):
         if self.dense is not None and self.activation is not None:
             x = self.input_dropout(x, key=first, inference=off)
             with within("dense"):
-                x = self.activation(self.dense(x))
+                x = self.activation(keyed(self.dense, x, first))
         x = self.dropout(x, key=second, inference=off)
         with within("output"):
-            return self.output(x)
+            return keyed(self.output, x, second)
 
 
 def classification_head(config: Any, *, key: PRNGKeyArray) -> ClassificationHead:

@@ -26,6 +26,7 @@ from ..nn import (
     Stack,
 )
 from ..nn._errors import within
+from ..nn._keys import keyed
 from ..nn.positions import count
 from .decoder import coming, empty_cache, stepped
 from .encoder_config import EncoderConfig
@@ -88,7 +89,7 @@ class EncoderEmbedding(eqx.Module):
         if self.projection is None:
             return x
         with within("projection"):
-            return self.projection(x)
+            return keyed(self.projection, x, key)
 
     def position_ids(
         self, token_ids: Int[Array, " seq"], segment_ids: Int[Array, " seq"] | None = None

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from . import kernels
 from ._errors import within
+from ._keys import keyed
 from .cache import LayerCache, MemoryCache, keys_first
 from .linear import Linear, fan_in
 from .mask import Mask
@@ -109,8 +110,8 @@ class Attention(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*axes seq embed_dim"]:
         """Keys and values are those of `memory`, where one is given."""
-        q = self._query(x, rotation)
-        k, v = self._key_value(x if memory is None else memory, rotation)
+        q = self._query(x, rotation, key)
+        k, v = self._key_value(x if memory is None else memory, rotation, key)
         return self._mixed(q, k, v, Mask() if mask is None else mask, bias, key)
 
     def init_cache(self, length: int, dtype: DTypeLike) -> LayerCache:
@@ -134,7 +135,7 @@ class Attention(eqx.Module):
 
         `mask` is over all of the cache's slots.
         """
-        flat = (self._flat("query", x), self._flat("key", x), self._flat("value", x))
+        flat = (self._flat(name, x, None) for name in ("query", "key", "value"))
         return self.step_of(*flat, mask, cache, index, rotation=rotation, bias=bias)
 
     def step_of(
@@ -156,29 +157,35 @@ class Attention(eqx.Module):
 
     def remember(self, memory: Float[Array, "keys embed_dim"], real: Bool[Array, " keys"]) -> MemoryCache:
         """What `recall` needs of a memory whose `real` tokens exist: computed once for all that will look at it."""
-        k, v = self._key_value(memory, None)
+        k, v = self._key_value(memory, None, None)
         return MemoryCache(keys_first(k), v.swapaxes(0, 1), real)
 
     def recall(self, x: Float[Array, "seq embed_dim"], cache: MemoryCache) -> Float[Array, "seq embed_dim"]:
         """The same as a call with the `memory` that is in `cache`."""
-        return self._looked(self._query(x, None), cache, Mask(keys=cache.real), None)
+        return self._looked(self._query(x, None, None), cache, Mask(keys=cache.real), None)
 
     def _looked(self, q: Array, cache: LayerCache | MemoryCache, mask: Mask, bias: Array | None) -> Array:
         return self._mixed(q, cache.keys.transpose(2, 0, 1), cache.values.swapaxes(0, 1), mask, bias, None)
 
-    def _query(self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None) -> Array:
-        return self._turned(self._heads("query", self._flat("query", x)), rotation)
+    def _query(
+        self, x: Float[Array, "*axes seq embed_dim"], rotation: Rotation | None, key: PRNGKeyArray | None
+    ) -> Array:
+        return self._turned(self._heads("query", self._flat("query", x, key)), rotation)
 
-    def _key_value(self, x: Float[Array, "*axes keys embed_dim"], rotation: Rotation | None) -> tuple[Array, Array]:
-        k = self._turned(self._heads("key", self._flat("key", x)), rotation)
-        return k, self._heads("value", self._flat("value", x))
+    def _key_value(
+        self, x: Float[Array, "*axes keys embed_dim"], rotation: Rotation | None, key: PRNGKeyArray | None
+    ) -> tuple[Array, Array]:
+        k = self._turned(self._heads("key", self._flat("key", x, key)), rotation)
+        return k, self._heads("value", self._flat("value", x, key))
 
     def _turned(self, x: Array, rotation: Rotation | None) -> Array:
         return x if rotation is None else rotate(x, rotation)
 
-    def _flat(self, name: str, x: Float[Array, "*axes seq embed_dim"]) -> Float[Array, "*axes seq features"]:
+    def _flat(
+        self, name: str, x: Float[Array, "*axes seq embed_dim"], key: PRNGKeyArray | None
+    ) -> Float[Array, "*axes seq features"]:
         with within(f"{name}_proj"):
-            return getattr(self, f"{name}_proj")(x)
+            return keyed(getattr(self, f"{name}_proj"), x, key)
 
     def _heads(self, name: str, y: Float[Array, "*axes seq features"]) -> Float[Array, "*axes seq heads head_dim"]:
         heads = self.num_heads if name == "query" else self.num_kv_heads
@@ -210,4 +217,4 @@ class Attention(eqx.Module):
                 empty=self.empty,
             )
         with within("output_proj"):
-            return self.output_proj(attended.reshape(*attended.shape[:-2], -1))
+            return keyed(self.output_proj, attended.reshape(*attended.shape[:-2], -1), key)

@@ -28,7 +28,8 @@ class Linear(eqx.Module):
     r"""$x \mapsto x W^\top + b$ over the last axis, for any leading axes.
 
     `weight` is `out_features in_features`, as in `equinox.nn.Linear`. Sums run in float32 at least, the bias is added
-    before the one rounding, and the result has the input's dtype.
+    before the one rounding, and the result has the input's dtype. Nothing is drawn: `key` is for what may stand in a
+    layer's place, as in `equinox.nn`.
 
     Raises a `ValueError` when the last axis of the input is not `in_features`.
     """
@@ -56,7 +57,9 @@ class Linear(eqx.Module):
     def out_features(self) -> int:
         return self.weight.shape[-2]
 
-    def __call__(self, x: Float[Array, "*axes {self.in_features}"]) -> Float[Array, "*axes {self.out_features}"]:
+    def __call__(
+        self, x: Float[Array, "*axes {self.in_features}"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*axes {self.out_features}"]:
         expect_last_axis(self, "in_features", self.in_features, x.shape)
         y = contract(x, self.weight)
         if self.bias is not None:

@@ -8,6 +8,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._errors import within
+from ._keys import keyed
 from .linear import Linear, fan_in
 
 
@@ -43,10 +44,10 @@ class MLP(eqx.Module):
         self, x: Float[Array, "*axes embed_dim"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*axes embed_dim"]:
         with within("up_proj"):
-            x = self.up_proj(x)
+            x = keyed(self.up_proj, x, key)
         x = self.dropout(self.activation(x), key=key, inference=True if key is None else None)
         with within("down_proj"):
-            return self.down_proj(x)
+            return keyed(self.down_proj, x, key)
 
 
 class GatedMLP(eqx.Module):
@@ -86,9 +87,9 @@ class GatedMLP(eqx.Module):
         self, x: Float[Array, "*axes embed_dim"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*axes embed_dim"]:
         with within("gate_proj"):
-            gate = self.activation(self.gate_proj(x))
+            gate = self.activation(keyed(self.gate_proj, x, key))
         with within("up_proj"):
-            x = gate * self.up_proj(x)
+            x = gate * keyed(self.up_proj, x, key)
         x = self.dropout(x, key=key, inference=True if key is None else None)
         with within("down_proj"):
-            return self.down_proj(x)
+            return keyed(self.down_proj, x, key)
