@@ -7,7 +7,7 @@ from typing import Any
 from . import flax_names, sentence
 from .checkpoint import Checkpoint
 from .errors import ConversionError, UnsupportedConfig
-from .families import DIRECTORIES
+from .families import DIRECTORIES, UNNAMED
 from .family import Family
 from .spelling import Spelling, is_bare
 
@@ -20,6 +20,10 @@ def family_of(fields_: Mapping[str, Any]) -> Family:
         return DIRECTORIES[name]
     if name is None and named:
         return by_architecture[named[0]]
+    if name is None and not fields_.get("architectures"):
+        for fields, family in UNNAMED.items():
+            if fields <= fields_.keys():
+                return family
     stated = f"model_type {name!r}" if name is not None else "no model_type"
     raise UnsupportedConfig(
         f"config.json has {stated} (architectures: {fields_.get('architectures')}); supported are:\n{supported()}"

@@ -24,6 +24,8 @@ FAMILIES = {
 # Directories of a system that the reference library does not have, by the same word: nothing there to verify against.
 ORIGINALS = {t5_vae.FAMILY.model_type: t5_vae.FAMILY}
 DIRECTORIES = FAMILIES | ORIGINALS
+# Directories whose config.json names neither a type nor a class: told by the fields that it has, and only read.
+UNNAMED = {frozenset({"ae_latent_size", "set_seq_size", "t5"}): t5_vae.TORCH}
 # Dictionaries of arrays, by the name that `from_arrays` has for each: the family, and what prepares its arrays.
 FORMATS = {
     "roberta-tf": (roberta_tf.FAMILY, roberta_tf.prepare),

@@ -1,7 +1,7 @@
 """The published T5-VAEs: the Flax one of 2021 (flax-community/t5-vae-python and its kin), and its ancestor in torch.
 
 Neither is a model of the reference library. The first wrote directories as that library's Flax models did, config.json
-and flax_model.msgpack; the second pickled dictionaries, which `from_arrays` takes.
+and flax_model.msgpack; the second's have config.json and pytorch_model.bin, and its dictionaries `from_arrays` takes.
 """
 
 from collections.abc import Mapping

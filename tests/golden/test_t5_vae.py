@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import converters
 from converters.checkpoint import Checkpoint
@@ -226,6 +227,18 @@ def ancestor(file="weights"):
     place = TORCH
     given = weights(place, file) if file == "weights" else arrays(place / f"{file}.npz")
     return converters.from_arrays("t5-vae-torch", given, json.loads((place / "config.json").read_bytes()))[0]
+
+
+def test_golden_torch_t5_vae_is_read_from_its_directory_as_from_its_arrays(tmp_path):
+    """The directory as its trainer wrote it: the golden one has the same tensors in safetensors."""
+    shutil.copy(TORCH / "config.json", tmp_path)
+    tensors = {name: torch.from_numpy(np.array(x)) for name, x in weights(TORCH, "weights").items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model, origin = converters.load(tmp_path)
+    assert origin.family == "t5-vae-torch" and converters.inspect(tmp_path).ok
+    assert eqx.tree_equal(model, ancestor())
+    with pytest.raises(converters.ConversionError, match="no 't5_vae_torch'"):
+        converters.export(model, tmp_path / "out", origin)
 
 
 def torch_losses(model, case):
