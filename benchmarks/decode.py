@@ -3,7 +3,9 @@
 `python -m benchmarks.decode` runs the shapes of GPT-2, of a Llama of 100M parameters and of T5-small with random
 weights (the same in both), float32, the best token or the best of 4 beams, no end. *floor* is the time in which a
 program reads every parameter once that a token needs, the best of the run: it cannot be had for less, whatever the
-batch. Of T5 that is its decoder, without what is computed of the memory once, and the output.
+batch. Of T5 that is its decoder, without what is computed of the memory once, and the output. *products* is what a
+token's matrix products alone take at so many rows, one after another as a model's depend on each other, the median of
+the faster of two layouts: nobody who leaves them to XLA has a token for much less.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import converters
-from eqx_transformers import T5, generate
+from eqx_transformers import T5, generate, nn
 
 from .timing import interleaved, machine, medians, seconds, table
 
@@ -43,6 +45,10 @@ class Case(NamedTuple):
         size = f"{self.ids.shape[0]}x{self.ids.shape[1]}"
         return size if self.beams == 1 else f"{size}, {self.beams} beams"
 
+    @property
+    def rows(self) -> int:
+        return len(self.ids) * self.beams
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generation against torch and against reading all weights.")
@@ -63,12 +69,13 @@ def report(name: str, sizes: list[tuple[int, int, int]], rounds: int) -> None:
     cases = [first(model, prompts(reference, *size), beams) for *size, beams in sizes]
     calls = {"floor": floor(model)}
     for case in cases:
+        calls |= {f"{case.rows} rows {turned}": products(model, case.rows, turned) for turned in (False, True)}
         calls |= {f"{case.name} torch {n}": theirs(reference, case.ids, n, case.beams) for n in (1, NEW)}
         calls |= {f"{case.name} ours {n}": ours(model, case.ids, n, case.beams) for n in (1, NEW)}
     times = interleaved(calls, rounds)
     least, found = min(times["floor"]), medians(times)
     header = ["size", "torch s", "ours s", "torch / ours", "torch ms/token", "ours ms/token", "torch / ours"]
-    header += ["floor ms", "ours / floor", "ours tokens/s", "compile s", "first s"]
+    header += ["floor ms", "ours / floor", "products ms", "ours / products", "ours tokens/s", "compile s", "first s"]
     print(table(header, [row(case, found, least) for case in cases]))
     print(flatness(model, cases[0].ids, rounds))
     print(compilations(model))
@@ -76,6 +83,7 @@ def report(name: str, sizes: list[tuple[int, int, int]], rounds: int) -> None:
 
 def row(case: Case, found: dict[str, float], least: float) -> list[str]:
     torch_s, ours_s = (found[f"{case.name} {who} {NEW}"] for who in ("torch", "ours"))
+    alone = min(found[f"{case.rows} rows {turned}"] for turned in (False, True))
     # A token's time without the prompt's: the difference of two calls.
     torch_ms, ours_ms = (
         (found[f"{case.name} {who} {NEW}"] - found[f"{case.name} {who} 1"]) / (NEW - 1) * 1e3
@@ -91,6 +99,8 @@ def row(case: Case, found: dict[str, float], least: float) -> list[str]:
         f"{torch_ms / ours_ms:.2f}",
         f"{least * 1e3:.1f}",
         f"{ours_ms / least / 1e3:.2f}",
+        f"{alone * 1e3:.1f}",
+        f"{ours_ms / alone / 1e3:.2f}",
         f"{len(case.ids) * NEW / ours_s:.0f}",
         f"{case.compile_s:.1f}",
         f"{case.first_s:.1f}",
@@ -157,14 +167,39 @@ def theirs(reference: Any, ids: np.ndarray, new: int, beams: int) -> Callable[[]
 
 def floor(model: Any) -> Callable[[], Any]:
     """Reads every parameter once that a token needs."""
-    arrays = eqx.filter(model, eqx.is_inexact_array)
-    if isinstance(model, T5):
-        remembered = lambda m: [
-            part for b in m.decoder.stack.blocks for part in (b.cross_attention.key_proj, b.cross_attention.value_proj)
-        ]
-        arrays = eqx.tree_at(lambda m: [m.encoder, *remembered(m)], arrays, replace_fn=lambda _: None)
+    arrays = eqx.filter(needed(model), eqx.is_inexact_array)
     total = jax.jit(lambda arrays: sum(jnp.sum(x) for x in jax.tree.leaves(arrays)))
     return lambda: total(arrays)
+
+
+def products(model: Any, rows: int, turned: bool) -> Callable[[], Any]:
+    """Multiplies so many rows by every matrix that a token needs, in the order in which it lies or turned."""
+    is_matrix = lambda node: isinstance(node, nn.Linear | nn.Embedding)
+    layers = [x for x in jax.tree.leaves(needed(model), is_leaf=is_matrix) if is_matrix(x)]
+    table = max((x.weight for x in layers if isinstance(x, nn.Embedding)), key=len)  # the tied output
+    weights = [*(x.weight for x in layers if isinstance(x, nn.Linear)), table]
+    matrices = [jnp.asarray(np.ascontiguousarray(w.T) if turned else w) for w in weights]
+    inputs = {w.shape[-1]: jax.random.normal(jax.random.key(0), (rows, w.shape[-1])) for w in weights}
+
+    @jax.jit
+    def total(matrices: list[jax.Array]) -> jax.Array:
+        found = jnp.zeros(())
+        for w in matrices:
+            x = inputs[w.shape[-2 if turned else -1]] + found
+            found = jnp.sum(x @ w if turned else nn.linear.contract(x, w)) * 1e-9
+        return found
+
+    return lambda: total(matrices)
+
+
+def needed(model: Any) -> Any:
+    """The parts of a model that every token runs through."""
+    if not isinstance(model, T5):
+        return model
+    remembered = lambda m: [
+        part for b in m.decoder.stack.blocks for part in (b.cross_attention.key_proj, b.cross_attention.value_proj)
+    ]
+    return eqx.tree_at(lambda m: [m.encoder, *remembered(m)], model, replace_fn=lambda _: None)
 
 
 def prompts(reference: Any, batch: int, length: int) -> np.ndarray:
