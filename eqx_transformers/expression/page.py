@@ -1,7 +1,7 @@
 """An expression as one HTML page, whose levels unfold."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,31 @@ from .query import Traced, places
 from .show import Options, head, shown, signature, told
 
 # A page opens with about a screen of lines; the rest is folded.
-LINES, COLUMNS = 40, 100
+LINES = 45
 HEAD = '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title></head>\n<body>\n'
 
 
 def to_html(expression: Traced, path: str | Path | None = None, *, equations: bool = False) -> str:
     """The page, which is also written to `path`; see `Expression.to_html`."""
     treescope = _treescope()
-    drawn = _Drawn(expression.root, expression.skeleton(), Options(equations=equations))
-    with treescope.using_expansion_strategy(max_height=LINES, target_width=COLUMNS):
-        body = treescope.render_to_html(drawn, compressed=False)
+    options = Options(equations=equations)
+    drawn = _Drawn(expression.root, expression.skeleton(), options, _levels(expression.root, options))
+    body = treescope.render_to_html(drawn, compressed=False)
     title = " ".join(node.tag for node in expression.root.children if node.kind == "module") or "expression"
     page = HEAD.format(title=html.escape(title)) + body + "\n</body>\n</html>\n"
     if path is not None:
         Path(path).write_text(page, encoding="utf-8")
     return page
+
+
+def _levels(root: Node, options: Options) -> int:
+    """How many levels are open: all whose lines fit, and at least what was called."""
+    level, lines, count = [root], 1, 0
+    while level and lines <= LINES:
+        level = [child for node in level for child in shown(node, options)]
+        lines += len(level)
+        count += 1
+    return max(2, count - 1)
 
 
 def _treescope() -> Any:
@@ -42,21 +52,25 @@ def _treescope() -> Any:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A node that treescope asks how it is drawn."""
+    """A node that treescope asks how it is drawn: open where `levels` are left."""
 
     node: Node
     model: Any
     options: Options
+    levels: int
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         parts = _treescope().rendering_parts
-        inside = [_Drawn(node, self.model, self.options) for node in shown(self.node, self.options)]
-        return parts.build_foldable_tree_node_from_children(
-            prefix=self._line(parts),
-            children=[subtree_renderer(child, path=None) for child in inside],
-            suffix="",
+        inside = [replace(self, node=node, levels=self.levels - 1) for node in shown(self.node, self.options)]
+        if not inside:
+            return parts.build_one_line_tree_node(self._line(parts), self.node.path or None)
+        below = parts.indented_children([subtree_renderer(child, path=None) for child in inside])
+        folded = parts.comment_color(parts.text(f" … {len(inside)} call{'s' * (len(inside) > 1)} inside"))
+        return parts.build_custom_foldable_tree_node(
+            label=self._line(parts),
+            contents=parts.fold_condition(collapsed=folded, expanded=below),
             path=self.node.path or None,
-            child_type_single_and_plural=("call", "calls"),
+            expand_state=parts.ExpandState.EXPANDED if self.levels > 0 else parts.ExpandState.COLLAPSED,
         )
 
     def _line(self, parts: Any) -> Any:
