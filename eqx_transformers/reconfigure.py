@@ -25,12 +25,13 @@ def reconfigure(
         reconfigure(model, bigger, vocab_size=50270)
 
     Raises a `TypeError` for a fact that the config does not have, and a `ValueError` that names every array that does
-    not fit, every array that the new config has no place for, or every edit that would be lost (an edited model is not
-    rebuilt from a config: `eqx.tree_at` changes it further).
+    not fit, every array that the new config has no place for, or every edit that would be lost. An edited model is not
+    rebuilt from a config (`eqx.tree_at` changes it further), unless it is what the new config builds already: blocks
+    that were inserted or removed need their new number alone, `reconfigure(model, num_layers=…)`.
     """
-    if edits := differences(model):
-        raise ValueError(_LOST.format(edits="\n  ".join(edits)))
     config = replace(model.config, **facts)  # pyright: ignore[reportAttributeAccessIssue]
+    if (edits := differences(model)) and differences(model, config):
+        raise ValueError(_LOST.format(edits="\n  ".join(edits)))
     built = skeleton(type(model), config, stacked_paths(model))
     old, problems = leaves_by_path(model), []
 

@@ -46,13 +46,16 @@ def stacked_paths(model: Any) -> tuple[str, ...]:
     return tuple(path for path, node in stacks(model).items() if node.is_stacked)
 
 
-def differences(model: Any) -> list[str]:
+def differences(model: Any, config: Any = None) -> list[str]:
     """Every place in which `model` is not what its config builds: another class, shape, setting or function.
+
+    `config`: another one than its own, which is then no difference itself.
 
     dtypes, and the leaves that only say how to run (`HOW_TO_RUN`), are no difference.
     """
-    built = skeleton(type(model), model.config, stacked_paths(model))
-    found = _trees.differences(model, built, dtypes=False, ignore=HOW_TO_RUN)
+    built = skeleton(type(model), model.config if config is None else config, stacked_paths(model))
+    ignore = HOW_TO_RUN if config is None else (*HOW_TO_RUN, "config")
+    found = _trees.differences(model, built, dtypes=False, ignore=ignore)
     return [f"{path or 'the model'} {_said(ours, theirs)}" for path, ours, theirs in found]
 
 

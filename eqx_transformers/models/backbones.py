@@ -1,10 +1,10 @@
 """Which backbone a config describes, and a backbone as a part of a model."""
 
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import equinox as eqx
 
+from ..nn._trees import rebuilt
 from .encoder_config import EncoderConfig
 from .functional import FunctionalConfig, FunctionalTransformer
 from .gpt2 import GPT2, GPT2Config
@@ -30,9 +30,4 @@ ENCODERS: dict[type, Any] = {T5Config: T5Encoder}
 
 def part_of(backbone: B, **changed: Any) -> B:
     """The backbone as a part of a model: without a config of its own, which the model carries, and so changed."""
-    part = object.__new__(type(backbone))
-    changed = {"config": None, **changed}
-    held = {f.name: getattr(backbone, f.name) for f in fields(backbone)}
-    for name, value in (held | changed).items():
-        object.__setattr__(part, name, value)
-    return part
+    return rebuilt(backbone, {"config": None, **changed})

@@ -180,7 +180,7 @@ class Decoder(eqx.Module):
 
         Raises a `ValueError` for stacked blocks: a cache runs on a tuple of blocks, one cache a layer.
         """
-        return empty_cache(self.stack, length, self.embedding.tokens.weight.dtype)
+        return empty_cache(self.stack, length, dtype_of(self.embedding.tokens))
 
     def step(
         self,
@@ -256,6 +256,11 @@ def coming(token_ids: Ids, attention_mask: Any, hidden_id: int | None, cache: Ab
 def empty_cache(stack: Stack, length: int, dtype: DTypeLike) -> Cache:
     """One with room for `length` tokens. Raises a `ValueError` for stacked blocks."""
     return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks_of(stack)), length)
+
+
+def dtype_of(table: eqx.Module) -> DTypeLike:
+    """The dtype of a token table's rows, that of the stream through the model, whatever stands in its place."""
+    return eqx.filter_eval_shape(table, jax.ShapeDtypeStruct((1,), jnp.int32)).dtype
 
 
 def blocks_of(stack: Stack) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from ..nn import (
 from ..nn._errors import within
 from ..nn._keys import keyed
 from ..nn.positions import count
-from .decoder import coming, empty_cache, stepped
+from .decoder import coming, dtype_of, empty_cache, stepped
 from .encoder_config import EncoderConfig
 from .inputs import Attended, Ids, mask_of, whole_numbers
 
@@ -262,7 +262,7 @@ class Encoder(eqx.Module):
 
     def init_cache(self, length: int) -> Cache:
         """An empty cache with room for `length` tokens; see `Decoder.init_cache`."""
-        return empty_cache(self.stack, length, self.embedding.tokens.weight.dtype)
+        return empty_cache(self.stack, length, dtype_of(self.embedding.tokens))
 
     def step(
         self,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ..nn import AbstractCache, Cache, Embedding, Linear
 from ..nn._errors import error_if, within
-from .decoder import real_of
+from .decoder import dtype_of, real_of
 from .head_parts import Factors, matrix_of
 from .inputs import Attended, Ids, TargetAttended, TargetIds, mask_of, whole_numbers
 from .t5_config import T5Config
@@ -124,7 +124,7 @@ class EncoderDecoder(Reader):
         """
         expect_one(memory)
         with within("decoder"):
-            return self.decoder.init_cache(memory, length, self.embedding.weight.dtype)
+            return self.decoder.init_cache(memory, length, dtype_of(self.embedding))
 
     def advanced(
         self, decoder_token_ids: TargetIds, cache: AbstractCache, attention_mask: TargetAttended | None

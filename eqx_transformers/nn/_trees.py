@@ -49,3 +49,14 @@ def describe(x: Any) -> str:
     if isinstance(x, tuple | list):
         return f"{len(x)} of them"
     return f"a {type(x).__name__}" if isinstance(x, eqx.Module) else getattr(x, "__name__", None) or repr(x)
+
+
+def rebuilt(module: Any, changed: dict[str, Any]) -> Any:
+    """A module of the same class that holds the same, but for what is changed, and has passed its own checks."""
+    new = object.__new__(type(module))
+    for name, value in (vars(module) | changed).items():
+        object.__setattr__(new, name, value)
+    for kind in type(new).__mro__:  # as Equinox runs them when a module is made
+        if "__check_init__" in vars(kind):
+            vars(kind)["__check_init__"](new)
+    return new
