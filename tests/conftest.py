@@ -1,18 +1,37 @@
 """What holds for every test: types and shapes are checked by import hooks, ranks are never promoted.
 
-The models' shapes are checked by jaxtyping's hook (pyproject.toml). The converters handle whole files and have no
-shapes in their signatures: beartype's own hook checks their types at a tenth of the cost.
+Shapes are checked by jaxtyping's hook (the models' modules, and all that take arrays). The converters and what is
+inside of expressions and files have no shapes in their signatures, and small functions that are called by the hundred
+thousand: beartype's own hook checks their types at a tenth of the cost.
 """
+
+from pathlib import Path
 
 import jax
 import jaxtyping
 import pytest
+from beartype import BeartypeConf, BeartypeDecorPlace
 from beartype.claw import beartype_package
 
 from .compiling import choose_quick
 from .full import FULL, in_turn
 
-beartype_package("converters")  # before anything imports it
+ROOT = Path(__file__).parent.parent
+INNER = [f"expression.{name}" for name in ("_jaxpr", "boundary", "build", "evaluate", "matching", "node", "xml")]
+INNER = [f"eqx_transformers.{name}" for name in (*INNER, "nn._trees", "surgery.paths", "tensor_file")]
+
+
+def others() -> list[str]:
+    """All modules of the library but the inner ones."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "eqx_transformers").rglob("*.py")]
+    # A package's own file would stand for all that is in it.
+    return [".".join(path.parts) for path in paths if path.name != "__init__" and ".".join(path.parts) not in INNER]
+
+
+# Before anything imports them. Under other decorators: what wraps a function has its annotations, but not its shapes.
+for module in ("converters", *INNER):
+    beartype_package(module, conf=BeartypeConf(claw_decor_place_func=BeartypeDecorPlace.FIRST))
+jaxtyping.install_import_hook(others(), "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tiny models cost their compilation and nothing else. Real weights run with everything on: `make run`, `benchmarks/`.
@@ -52,7 +71,7 @@ def strict_promotion():
 
 @pytest.fixture
 def unchecked():
-    """As users run it: without the import hook's shape checks, so that our own errors are seen."""
+    """As users run it: without jaxtyping's checks, so that our own errors are seen."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,6 +1,7 @@
 """Every public name has a docstring, and a test that uses it."""
 
 import ast
+import functools
 import inspect
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def resolved(name: str) -> list[object]:
     return [*found, sys.modules[name]] if name in sys.modules else found
 
 
+@functools.cache
 def uses() -> list[object]:
     """Objects, not names: `nn.stack` and `eqx_transformers.stack` are one."""
     files = [file for file in HERE.parent.rglob("*.py") if file != HERE]
@@ -84,7 +86,6 @@ def uses() -> list[object]:
     return [x for name in sorted(names) for x in resolved(name)]
 
 
-USED = uses()
 PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
     for package in (eqx_transformers, eqx_transformers.nn, eqx_transformers.training, converters)
@@ -94,7 +95,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize("thing", PUBLIC)
 def test_a_public_name_is_used_by_a_test(thing):
-    assert any(thing is x for x in USED)
+    assert any(thing is x for x in uses())
 
 
 @pytest.mark.parametrize("thing", PUBLIC)

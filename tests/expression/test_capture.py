@@ -281,4 +281,4 @@ WRONG = {
 def test_what_cannot_be_is_one_clear_error(case):
     wrong, kind, said = WRONG[case]
     with pytest.raises(kind, match=said):
-        wrong()
+        run(wrong)

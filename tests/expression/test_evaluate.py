@@ -16,6 +16,7 @@ from eqx_transformers.expression import ExpressionError, boundary, trace
 from eqx_transformers.expression.boundary import Record
 
 from ..full import FULL
+from ..lazily import Lazily
 from ..models import ours
 from ..models.test_t5 import make as make_t5, tokens as t5_tokens
 from .small import KEY, MODELS, Block, Feed, gradients, ids, loss, states
@@ -26,17 +27,18 @@ NEAR = {"rtol": 1e-5, "atol": 1e-6}
 
 def calls():
     """Our models: the layouts, one with a tuple of results, and one with two inputs."""
-    found = {name: (model, (ids(),)) for name, model in MODELS.items()}
+    found = {name: lambda name=name: (MODELS[name], (ids(),)) for name in MODELS}
     for stacked in (False, True):
-        layout = "stacked" if stacked else "list"
-        found[f"roberta {layout}"] = (ours.make(MaskedLM, "roberta", stacked), (ours.tokens(),))
-        found[f"gpt2 {layout}"] = (ours.make(CausalLM, "gpt2", stacked), (ours.tokens(),))
+        layout, make = "stacked" if stacked else "list", lambda *of, stacked=stacked: ours.make(*of, stacked)
+        found[f"roberta {layout}"] = lambda make=make: (make(MaskedLM, "roberta"), (ours.tokens(),))
+        found[f"gpt2 {layout}"] = lambda make=make: (make(CausalLM, "gpt2"), (ours.tokens(),))
         if stacked or FULL:
-            found[f"t5 {layout}"] = (make_t5(T5Model, "t5", stacked), (t5_tokens(), t5_tokens(1, 4)))
+            t5 = lambda stacked=stacked: (make_t5(T5Model, "t5", stacked), (t5_tokens(), t5_tokens(1, 4)))
+            found[f"t5 {layout}"] = t5
     return found
 
 
-CALLS = calls()
+CALLS = Lazily(calls())
 every = pytest.mark.parametrize("name", CALLS)
 small = pytest.mark.parametrize("name", MODELS)
 
@@ -202,17 +204,19 @@ def test_s02_results_of_every_kind_and_keywords_keep_their_structure(flag):
     assert expression(model, x, **given)["name"] == "weights"
 
 
-MADE = {
-    "controlled": (Controlled(Block(key=KEY), 3), (states(),)),
-    "warm": (Warm(Block(key=KEY), Block(24, key=KEY)), (states(),)),
-    "derived": (Derived(Feed(key=KEY)), (states()[0],)),
-    "ensemble": (
-        Deep(eqx.filter_vmap(lambda k: Feed(key=k))(jax.random.split(KEY, 3))),
-        (states()[None],),
-    ),
-    "dropout, typed key": (Noisy(eqx.nn.Dropout(0.5), Feed(key=KEY)), (states(), jax.random.key(3))),
-    "dropout, raw key": (Noisy(eqx.nn.Dropout(0.5), Feed(key=KEY)), (states(), jax.random.PRNGKey(3))),
-}
+MADE = Lazily(
+    {
+        "controlled": lambda: (Controlled(Block(key=KEY), 3), (states(),)),
+        "warm": lambda: (Warm(Block(key=KEY), Block(24, key=KEY)), (states(),)),
+        "derived": lambda: (Derived(Feed(key=KEY)), (states()[0],)),
+        "ensemble": lambda: (
+            Deep(eqx.filter_vmap(lambda k: Feed(key=k))(jax.random.split(KEY, 3))),
+            (states()[None],),
+        ),
+        "dropout, typed key": lambda: (Noisy(eqx.nn.Dropout(0.5), Feed(key=KEY)), (states(), jax.random.key(3))),
+        "dropout, raw key": lambda: (Noisy(eqx.nn.Dropout(0.5), Feed(key=KEY)), (states(), jax.random.PRNGKey(3))),
+    }
+)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -1,6 +1,7 @@
 """Queries: what they find, how they fail, and what is done with what they found."""
 
 import contextlib
+import functools
 import re
 import time
 
@@ -15,14 +16,19 @@ from eqx_transformers.expression import ExpressionError, Found, NoMatch, QueryEr
 from eqx_transformers.nn import Attention, Linear
 from eqx_transformers.surgery.paths import nodes
 
+from ..lazily import Lazily
 from ..models.ours import make
 from ..models.test_t5 import make as make_t5
 from .small import HIDDEN, KEY, MODEL, MODELS, Block, Feed, Small, ids, loss
 
 IDS = ids()
 TOKENS = jnp.arange(3, 8)
-EXPRESSION = trace(MODEL)(IDS)
 BLOCKS = range(len(MODEL.blocks))
+
+
+@functools.cache
+def traced():
+    return trace(MODEL)(IDS)
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +74,28 @@ PER_BLOCK = {
 
 @pytest.mark.parametrize("xpath", PER_BLOCK)
 def test_s04_a_query_finds_in_every_block_what_it_says(xpath):
-    found = EXPRESSION.query(xpath)
+    found = traced().query(xpath)
     assert found.paths == tuple(f"blocks.{i}.{path}" for i in BLOCKS for path in PER_BLOCK[xpath])
     assert found.count == len(found.nodes) == len(found.paths)
 
 
 def test_s04_positions_containment_settings_of_functions_and_unions():
-    second = EXPRESSION.query("(//Block)[2]")
+    second = traced().query("(//Block)[2]")
     assert second.one().path == "blocks.1"
-    gelu = EXPRESSION.query("(//Block)[2]//gelu").one()
+    gelu = traced().query("(//Block)[2]//gelu").one()
     assert gelu in second.one().walk() and (gelu.tag, gelu.path, gelu.recognised) == ("gelu", None, True)
-    assert EXPRESSION.query("//gelu[@approximate='true']").count == 2
-    assert EXPRESSION.query("//gelu[@approximate=false()]", allow_empty=True).count == 0
-    assert tags(EXPRESSION.query("//softmax | //gelu").nodes) == ["softmax", "gelu"] * 2  # in the order of the call
-    assert tags(EXPRESSION.query("//Feed//*[@kind='equation'][contains(@out, '[5,16]')]").nodes).count("tanh") == 2
+    assert traced().query("//gelu[@approximate='true']").count == 2
+    assert traced().query("//gelu[@approximate=false()]", allow_empty=True).count == 0
+    assert tags(traced().query("//softmax | //gelu").nodes) == ["softmax", "gelu"] * 2  # in the order of the call
+    assert tags(traced().query("//Feed//*[@kind='equation'][contains(@out, '[5,16]')]").nodes).count("tanh") == 2
 
 
 def test_s04_an_attribute_that_is_sometimes_a_number_is_compared_as_one():
-    assert EXPRESSION.query("//*[@shape=8]", allow_empty=True).count == 0  # "(8,)" is none
-    assert EXPRESSION.query("//*[@p=0]").paths == tuple(f"blocks.{i}.attention.dropout" for i in BLOCKS)
-    assert EXPRESSION.query("//*[@eps <= 1e-5]").count == 5
-    assert EXPRESSION.query("//*[@name=1]").paths == ("blocks.1",)
-    assert EXPRESSION.query("//*[@name='@path = 3' or @name=1]").paths == ("blocks.1",)  # a text is left as it is
+    assert traced().query("//*[@shape=8]", allow_empty=True).count == 0  # "(8,)" is none
+    assert traced().query("//*[@p=0]").paths == tuple(f"blocks.{i}.attention.dropout" for i in BLOCKS)
+    assert traced().query("//*[@eps <= 1e-5]").count == 5
+    assert traced().query("//*[@name=1]").paths == ("blocks.1",)
+    assert traced().query("//*[@name='@path = 3' or @name=1]").paths == ("blocks.1",)  # a text is left as it is
 
 
 @pytest.mark.parametrize("name", ["roberta", "roberta stacked", "gpt2", "gpt2 stacked", "t5"])
@@ -115,39 +121,43 @@ def test_s04_a_function_in_a_field_is_one_node_however_it_is_written(houses):
 
 # ---- find: the same by other means
 
-WAYS = {
-    "xpath": "//Feed",
-    "class": Feed,
-    "selection": select("Feed"),
-    "selection by path": select(under="blocks.*.feed"),
-    "selection resolved": select(Feed).on(MODEL),
-    "selection that reads shapes": select("Feed", where=lambda _, node: node.up.weight.shape == (HIDDEN, 8)),
-    "predicate": lambda node: node.tag == "Feed",
-    "query": trace(MODEL)(ids(3)).query("//Feed"),  # of another expression: asked anew
-    "nodes": EXPRESSION.query("//Feed").nodes,
-    "sequence": ["//*[@path='blocks.0.feed']", EXPRESSION.query("//Feed").nodes[1], Feed],
-}
+WAYS = Lazily(
+    {
+        "xpath": lambda: "//Feed",
+        "class": lambda: Feed,
+        "selection": lambda: select("Feed"),
+        "selection by path": lambda: select(under="blocks.*.feed"),
+        "selection resolved": lambda: select(Feed).on(MODEL),
+        "selection that reads shapes": lambda: select(
+            "Feed", where=lambda _, node: node.up.weight.shape == (HIDDEN, 8)
+        ),
+        "predicate": lambda: lambda node: node.tag == "Feed",
+        "query": lambda: trace(MODEL)(ids(3)).query("//Feed"),  # of another expression: asked anew
+        "nodes": lambda: traced().query("//Feed").nodes,
+        "sequence": lambda: ["//*[@path='blocks.0.feed']", traced().query("//Feed").nodes[1], Feed],
+    }
+)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_find_means_the_same_nodes_in_every_way(way):
-    assert find(EXPRESSION, WAYS[way]) == EXPRESSION.query("//Feed").nodes
-    assert find(EXPRESSION, WAYS[way])[0].path == "blocks.0.feed"
+    assert find(traced(), WAYS[way]) == traced().query("//Feed").nodes
+    assert find(traced(), WAYS[way])[0].path == "blocks.0.feed"
 
 
 def test_find_takes_functions_and_superclasses(houses):
-    assert find(EXPRESSION, jax.nn.gelu) == EXPRESSION.query("//gelu").nodes
-    assert find(EXPRESSION, jax.nn.softmax) == EXPRESSION.query("//softmax").nodes
-    assert len(find(EXPRESSION, eqx.Module)) == 28
-    assert find(EXPRESSION, (Block, eqx.nn.LayerNorm)) != find(EXPRESSION, (eqx.nn.LayerNorm, Block))
+    assert find(traced(), jax.nn.gelu) == traced().query("//gelu").nodes
+    assert find(traced(), jax.nn.softmax) == traced().query("//softmax").nodes
+    assert len(find(traced(), eqx.Module)) == 28
+    assert find(traced(), (Block, eqx.nn.LayerNorm)) != find(traced(), (eqx.nn.LayerNorm, Block))
     assert len(find(houses["gpt2"], (Linear, Attention))) == 14
 
 
 def test_find_never_gives_the_root():
-    assert EXPRESSION.query("/").one() is EXPRESSION.root
-    assert EXPRESSION.query("//*").nodes[0] is EXPRESSION.root
-    assert len(find(EXPRESSION, "//*")) == EXPRESSION.query("//*").count - 1 == len(list(EXPRESSION.nodes()))
-    assert find(EXPRESSION, "/", allow_empty=True) == ()
+    assert traced().query("/").one() is traced().root
+    assert traced().query("//*").nodes[0] is traced().root
+    assert len(find(traced(), "//*")) == traced().query("//*").count - 1 == len(list(traced().nodes()))
+    assert find(traced(), "/", allow_empty=True) == ()
 
 
 def test_a_selection_of_layers_that_a_forward_pass_stacks_itself_finds_the_call_that_they_share():
@@ -174,7 +184,7 @@ class Itself(eqx.Module):
 
 def test_the_skeleton_is_the_model_without_its_numbers():
     shapes = eqx.filter_eval_shape(lambda model: model, MODEL)
-    assert eqx.tree_equal(EXPRESSION.skeleton(), shapes)
+    assert eqx.tree_equal(traced().skeleton(), shapes)
     assert type(trace(Itself(MODEL.blocks).run)(jnp.ones((5, 8))).skeleton()) is Itself
     assert type(trace(lambda x, model: model(x))(IDS, MODEL).skeleton()) is Small
 
@@ -199,7 +209,7 @@ NO_NODES = ["count(//Feed)", "//Feed/@path", "'Feed'", "1 + 1", "true()", "//Fee
 @pytest.mark.parametrize("xpath", [*MALFORMED, "1 div 0", "(" * 5000 + "//Feed" + ")" * 5000])
 def test_s04_what_is_no_query_is_quoted_with_the_engines_message(xpath):
     with pytest.raises(QueryError, match="This query is not XPath") as error:
-        EXPRESSION.query(xpath)
+        traced().query(xpath)
     assert xpath in str(error.value)
     if xpath in MALFORMED:
         assert re.search(r"line 1, column \d+: \[err:\w+\]", str(error.value))
@@ -208,7 +218,7 @@ def test_s04_what_is_no_query_is_quoted_with_the_engines_message(xpath):
 @pytest.mark.parametrize("xpath", NO_NODES)
 def test_s04_what_selects_no_nodes_is_an_error(xpath):
     with pytest.raises(QueryError, match="but a query selects nodes"):
-        EXPRESSION.query(xpath)
+        traced().query(xpath)
 
 
 @pytest.mark.parametrize("dialect", [None, "yax"])
@@ -218,13 +228,13 @@ def test_s04_what_selects_no_nodes_is_an_error(xpath):
 def test_s04_no_query_hangs(xpath, dialect):
     start = time.perf_counter()
     with contextlib.suppress(QueryError):
-        EXPRESSION.query(xpath, dialect, allow_empty=True)
+        traced().query(xpath, dialect, allow_empty=True)
     assert time.perf_counter() - start < 5
 
 
 def test_s04_a_dialect_is_one_of_two(unchecked):
     with pytest.raises(QueryError, match=r"None .* or 'yax'; it is 'xpath3'"):
-        EXPRESSION.query("//Feed", "xpath3")
+        traced().query("//Feed", "xpath3")
 
 
 NOTHING = [
@@ -245,42 +255,42 @@ NOTHING = [
 @pytest.mark.parametrize("what, message", NOTHING)
 def test_s09_nothing_found_names_what_is_near(what, message):
     with pytest.raises(NoMatch, match=message):
-        find(EXPRESSION, what)
-    assert find(EXPRESSION, what, allow_empty=True) == ()
+        find(traced(), what)
+    assert find(traced(), what, allow_empty=True) == ()
     if isinstance(what, str):
         with pytest.raises(NoMatch, match=message):
-            EXPRESSION.query(what)
-        assert EXPRESSION.query(what, allow_empty=True).nodes == ()
+            traced().query(what)
+        assert traced().query(what, allow_empty=True).nodes == ()
 
 
 def test_s09_one_part_of_several_that_finds_nothing_is_named():
     with pytest.raises(NoMatch, match="'//Fed' finds none"):
-        find(EXPRESSION, ["//Feed", "//Fed"])
+        find(traced(), ["//Feed", "//Fed"])
     with pytest.raises(ValueError, match=r"none is a 'Fed'.*Feed"):
-        find(EXPRESSION, select("Fed"), allow_empty=True)
+        find(traced(), select("Fed"), allow_empty=True)
 
 
 def test_what_cannot_mean_nodes_says_so():
     with pytest.raises(QueryError, match="this is 3"):
-        find(EXPRESSION, 3)
+        find(traced(), 3)
     with pytest.raises(QueryError, match="of another expression"):
-        find(EXPRESSION, trace(MODEL)(IDS).query("(//Feed)[1]").one())
+        find(traced(), trace(MODEL)(IDS).query("(//Feed)[1]").one())
     with pytest.raises(QueryError, match="a predicate gives a bool, not 'Small'"):
-        find(EXPRESSION, lambda node: node.tag)
+        find(traced(), lambda node: node.tag)
 
     def silu(x):
         return x * jax.nn.sigmoid(x)
 
     with pytest.raises(QueryError, match=r"No function that is called here has the name silu.*TypeError"):
-        find(EXPRESSION, silu)
+        find(traced(), silu)
 
 
 def test_one_says_what_else_there_was():
     with pytest.raises(QueryError, match=r"expected 1 node, found 2: blocks\.0\.feed, blocks\.1\.feed"):
-        EXPRESSION.query("//Feed").one()
+        traced().query("//Feed").one()
     with pytest.raises(QueryError, match=r"found 11: blocks\.0\.attention\.query_proj, .*, …"):
-        EXPRESSION.query("//Linear[@in_features=8]").one()
-    assert repr(EXPRESSION.query("//Feed")) == "<'//Feed': 2 nodes, at blocks.0.feed, blocks.1.feed>"
+        traced().query("//Linear[@in_features=8]").one()
+    assert repr(traced().query("//Feed")) == "<'//Feed': 2 nodes, at blocks.0.feed, blocks.1.feed>"
 
 
 # ---- query -> tree_at
@@ -302,7 +312,7 @@ def step(model, ids, rate=0.1):
 
 
 def test_s05_what_a_query_finds_is_replaced_as_by_hand(tmp_path):
-    found = EXPRESSION.query("//Feed")
+    found = traced().query("//Feed")
     model = eqx.tree_at(found.where, MODEL, replace_fn=wider)
     hand = by_hand(MODEL)
     assert jax.tree.structure(model) == jax.tree.structure(hand) and eqx.tree_equal(model, hand)
@@ -319,7 +329,7 @@ def test_s05_what_a_query_finds_is_replaced_as_by_hand(tmp_path):
     # The expression of the new model is another one, and the old expression refuses it.
     assert trace(trained)(IDS).query("//Feed/Linear[@out_features=48]").count == 2
     with pytest.raises(ExpressionError, match=r"Linear of 2 .*48, True\) where there was Linear of 2 .*16, True\)"):
-        EXPRESSION(trained, IDS)
+        traced()(trained, IDS)
 
 
 def test_s05_a_query_of_one_length_is_a_where_for_any_model_of_this_structure():
@@ -372,7 +382,7 @@ def test_s05_one_place_that_is_called_again_is_one():
 def test_s05_what_has_no_place_says_what_to_do():
     for xpath, said in {"//gelu": "gelu is a function", "//dot_general": "dot_general is a equation"}.items():
         with pytest.raises(QueryError, match=rf"{said}, not a module: it has no place in the tree; use rewrite\(\)"):
-            _ = EXPRESSION.query(xpath).where
+            _ = traced().query(xpath).where
 
 
 @pytest.mark.parametrize(
@@ -385,9 +395,9 @@ def test_s05_what_has_no_place_says_what_to_do():
 )
 def test_s05_overlapping_places_are_both_named(xpath, outer, inner):
     with pytest.raises(QueryError, match=f"^{re.escape(outer)} contains {re.escape(inner)}:"):
-        _ = EXPRESSION.query(xpath).where
+        _ = traced().query(xpath).where
 
 
 def test_s05_nothing_is_replaced_where_nothing_may_be_found():
-    found = EXPRESSION.query("//Fed", allow_empty=True)
+    found = traced().query("//Fed", allow_empty=True)
     assert found.where(MODEL) == [] and found.paths == () and isinstance(found, Found)

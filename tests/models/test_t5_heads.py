@@ -343,8 +343,8 @@ def test_facts_change_and_the_arrays_stay():
 
 def test_a_classifier_reads_a_state_of_its_own_text(unchecked):
     """With other tokens for the decoder there is no state at the text's end."""
-    model = SequenceClassifier(CONFIGS["t5"], key=KEY)
+    model = filled(skeleton(SequenceClassifier, CONFIGS["t5"]))
     ids = np.array([5, 7, 9, 1], np.int32)
     for other in ([0], [0, 5, 7, 9, 1]):
         with pytest.raises(ValueError, match=f"one of 4 tokens, but the decoder has {len(other)}: leave"):
-            model(ids, decoder_token_ids=np.array(other, np.int32))
+            call(model, ids, decoder_token_ids=np.array(other, np.int32))

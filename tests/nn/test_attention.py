@@ -8,6 +8,7 @@ import pytest
 
 from eqx_transformers import nn
 
+from ..lazily import Lazily
 from .test_layers import f64, filled, linear, random, rms_norm
 
 KEY = jax.random.key(0)
@@ -55,18 +56,18 @@ class Halved(eqx.Module):
         return x.reshape(*x.shape[:-1], 2, -1).sum(-2)
 
 
-MODULES = {
-    "plain": nn.Attention(6, 3, key=KEY),
-    "grouped heads": nn.Attention(8, 4, num_kv_heads=2, key=KEY),
-    "one key head": nn.Attention(6, 3, num_kv_heads=1, use_bias=False, key=KEY),
-    "own head_dim and scale": nn.Attention(7, 3, head_dim=4, scale=0.3, key=KEY),
-    "own value_dim": nn.Attention(7, 3, head_dim=4, value_dim=5, key=KEY),
-    "window": nn.Attention(6, 3, window=3, key=KEY),  # a mask's own window may be narrower, and is
-    "norms of heads": nn.Attention(8, 4, num_kv_heads=2, head_dim=6, norm=nn.RMSNorm, key=KEY),
-    "output without a bias": nn.Attention(6, 3, output_bias=False, key=KEY),
-    "output given": nn.Attention(6, 4, head_dim=2, value_dim=3, output_proj=Halved(), key=KEY),
+MAKERS = {
+    "plain": lambda: nn.Attention(6, 3, key=KEY),
+    "grouped heads": lambda: nn.Attention(8, 4, num_kv_heads=2, key=KEY),
+    "one key head": lambda: nn.Attention(6, 3, num_kv_heads=1, use_bias=False, key=KEY),
+    "own head_dim and scale": lambda: nn.Attention(7, 3, head_dim=4, scale=0.3, key=KEY),
+    "own value_dim": lambda: nn.Attention(7, 3, head_dim=4, value_dim=5, key=KEY),
+    "window": lambda: nn.Attention(6, 3, window=3, key=KEY),  # a mask's own window may be narrower, and is
+    "norms of heads": lambda: nn.Attention(8, 4, num_kv_heads=2, head_dim=6, norm=nn.RMSNorm, key=KEY),
+    "output without a bias": lambda: nn.Attention(6, 3, output_bias=False, key=KEY),
+    "output given": lambda: nn.Attention(6, 4, head_dim=2, value_dim=3, output_proj=Halved(), key=KEY),
 }
-MODULES = {name: filled(m) for name, m in MODULES.items()}
+MODULES = Lazily({name: lambda make=make: filled(make()) for name, make in MAKERS.items()})
 PADDED = nn.Mask(keys=jnp.array([True, True, False, True, False]))
 CAUSAL = nn.Mask(causal=True, window=2)
 rng = np.random.default_rng(3)
@@ -164,18 +165,16 @@ def test_how_it_runs_is_a_field_that_tree_at_changes():
     )
 
 
-DROPPING = filled(nn.Attention(8, 2, dropout=0.5, key=KEY))
-
-
 def test_without_a_key_attention_is_inference_and_inference_mode_wins_over_a_key():
-    x, same = random(SEQ, 8), eqx.tree_at(lambda m: m.dropout.p, DROPPING, 0.0)
-    plain = call(DROPPING, x)
+    m = filled(nn.Attention(8, 2, dropout=0.5, key=KEY))
+    x, same = random(SEQ, 8), eqx.tree_at(lambda m: m.dropout.p, m, 0.0)
+    plain = call(m, x)
     np.testing.assert_array_equal(plain, call(same, x))
-    np.testing.assert_array_equal(plain, call(eqx.nn.inference_mode(DROPPING), x, key=KEY))
-    dropped = call(DROPPING, x, key=KEY)
+    np.testing.assert_array_equal(plain, call(eqx.nn.inference_mode(m), x, key=KEY))
+    dropped = call(m, x, key=KEY)
     assert not np.allclose(plain, dropped, atol=1e-2)
-    np.testing.assert_array_equal(dropped, call(DROPPING, x, key=KEY))
-    assert not np.allclose(dropped, call(DROPPING, x, key=jax.random.key(1)), atol=1e-2)
+    np.testing.assert_array_equal(dropped, call(m, x, key=KEY))
+    assert not np.allclose(dropped, call(m, x, key=jax.random.key(1)), atol=1e-2)
     np.testing.assert_array_equal(plain, call(same, x, key=KEY))
 
 
