@@ -65,4 +65,4 @@ from .nn import stack as stack, unstack as unstack
 from .reconfigure import reconfigure as reconfigure
 from .serialisation import FormatError as FormatError, load as load, save as save
 from .summary import summary as summary
-from .surgery import Selection as Selection, select as select
+from .surgery import LoRA as LoRA, Selection as Selection, select as select

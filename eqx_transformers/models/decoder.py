@@ -258,7 +258,7 @@ def empty_cache(stack: Stack, length: int, dtype: DTypeLike) -> Cache:
     return Cache(tuple(block.attention.init_cache(length, dtype) for block in blocks_of(stack)), length)
 
 
-def dtype_of(table: eqx.Module) -> DTypeLike:
+def dtype_of(table: Any) -> DTypeLike:
     """The dtype of a token table's rows, that of the stream through the model, whatever stands in its place."""
     return eqx.filter_eval_shape(table, jax.ShapeDtypeStruct((1,), jnp.int32)).dtype
 

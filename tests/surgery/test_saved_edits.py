@@ -1,8 +1,16 @@
-import equinox as eqx, jax, jax.numpy as jnp, numpy as np, pytest
+"""What surgery made is saved, exported, and generated with."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 import converters
-from eqx_transformers import generate, load, reconfigure, save, select, stack
-from eqx_transformers.surgery.blocks import duplicate, remove, take
-from eqx_transformers.surgery.quantize import quantize, dequantize
+from eqx_transformers import generate, load, reconfigure, save, select
+from eqx_transformers.surgery.blocks import duplicate, remove
+from eqx_transformers.surgery.quantize import dequantize, quantize
+
 from ..models.ours import tokens
 from .test_select import equal, model_of
 
@@ -22,7 +30,8 @@ def test_a_model_of_other_blocks_becomes_one_of_its_new_config(name, stacked, tm
             converters.export(whole, tmp_path / "hf")
             again, _ = converters.load(tmp_path / "hf", stacked=stacked)
             assert again.config.num_layers == layers
-            assert all(np.array_equal(a, b) for a, b in zip(map(np.asarray, jax.tree.leaves(eqx.filter(again, eqx.is_array))), map(np.asarray, jax.tree.leaves(eqx.filter(whole, eqx.is_array))), strict=True))
+            arrays = lambda model: jax.tree.leaves(eqx.filter(model, eqx.is_array))
+            assert equal(arrays(again), arrays(whole))
         with pytest.raises(ValueError, match="differs from what its config builds"):
             reconfigure(changed, num_layers=layers + 1)
         with pytest.raises(ValueError, match="differs from what its config builds"):
