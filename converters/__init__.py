@@ -1,5 +1,6 @@
 """Checkpoints of the Hugging Face ecosystem, in and out. The one public door of this package."""
 
+from . import peft as peft
 from .arrays import from_arrays as from_arrays
 from .convert import inspect as inspect, load as load
 from .errors import (

@@ -56,6 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scan", action="store_true", help="look for NaN and infinities in every tensor first")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write a Hugging Face directory")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a PEFT adapter of this base, kept beside it")
+    parser.add_argument("--merge", action="store_true", help="with --adapter: write plain layers that compute the same")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     args.verify = args.verify or args.demo or args.record is not None or args.against is not None
@@ -90,6 +92,7 @@ def _expect_sense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--format reads a file of arrays: there is no reference, no scan and no revision of it")
     if args.gradients and not args.verify:
         parser.error("--gradients goes with --verify")
+    _expect_adapter(parser, args)
     if args.record is not None and args.against is not None:
         parser.error("--record runs the reference, --against does without it: choose one")
     if args.dry_run and args.verify:
@@ -98,6 +101,21 @@ def _expect_sense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--labels {args.labels}: expected at least 1")
     if args.revision is not None and (args.demo or Path(args.source).is_dir()):
         parser.error("--revision is for a hub id; a directory has only the files that are in it")
+
+
+def _expect_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.adapter is None:
+        if args.merge:
+            parser.error("--merge goes with --adapter DIR")
+        return
+    if args.demo or args.format is not None or args.dry_run:
+        parser.error("--adapter is for a checkpoint that is read: not with --demo, --format or --dry-run")
+    if args.gradients or args.record is not None or args.against is not None:
+        parser.error("with --adapter, --verify compares outputs alone: no --gradients, --record or --against")
+    if args.export is not None and not args.merge:
+        parser.error("--export writes a whole model: merge the adapter into it with --merge (alone, it is in DIR)")
+    if not args.merge and is_native(args.source):
+        parser.error(f"{args.source} is in the native format already: --adapter writes something with --merge alone")
 
 
 def _name(args: argparse.Namespace) -> str:

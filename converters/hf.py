@@ -19,7 +19,7 @@ from typing import Any
 from eqx_transformers import save
 from eqx_transformers._files import expect_replaceable
 
-from . import arguments, arrays, convert, demo
+from . import arguments, arrays, convert, demo, peft
 from .arguments import HEADS, WrongUsage
 from .errors import ConversionError, Mismatch, SourceNotFound
 from .export import export
@@ -72,8 +72,10 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         _print(args, f"{listing(report)}\n\n{report}")
         return DONE if report.ok else UNCLEAN
     _expect_free(args)  # before the work, not after it; so is what follows
+    if args.adapter is not None:
+        peft.expect(args.adapter)
     if args.verify:
-        prepared(args.record, args.against)
+        prepared(args.record, args.against, adapter=args.adapter is not None)
 
     def announce(report: Report) -> None:
         said["report"] = report.as_json()
@@ -85,19 +87,27 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         model, origin = _load(args, options, progress)
     _print(args, f"read in {time.perf_counter() - begin:.1f} s")
     if args.verify:
-        verification = verify(
-            args.source, model=model, origin=origin, gradients=args.gradients, record=args.record, against=args.against
-        )
+        asked = {"gradients": args.gradients, "record": args.record, "against": args.against, "adapter": args.adapter}
+        verification = verify(args.source, model=model, origin=origin, **asked)
         said["verification"] = verification.as_json()
         _print(args, str(verification))
         if not verification.passed:
             print("error: verification failed, so nothing was written", file=sys.stderr)
             return DIFFERENT
+    if args.adapter is not None:
+        model = _with_adapter(args, model, origin)
     _write(args, model, origin, said)
     if args.demo:
         said["demo"] = demo.table(model, origin)
         _print(args, said["demo"])
     return DONE
+
+
+def _with_adapter(args: argparse.Namespace, model: Any, origin: Origin) -> Any:
+    """What is written: the adapter merged into the base, or the base, to which it has been found to belong."""
+    adapted = peft.adapted(model, origin, args.adapter, merge=args.merge)
+    _print(args, f"{args.adapter} {'is merged into it' if args.merge else 'belongs to it'}")
+    return adapted if args.merge else model
 
 
 def _scanned(args: argparse.Namespace, said: dict[str, Any]) -> bool:
@@ -142,9 +152,12 @@ def _expect_free(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace, model: Any, origin: Origin, said: dict[str, Any]) -> None:
     if args.out is not None:
         companions = {name: Path(origin.directory or "") / name for name in origin.files}
+        beside = [] if args.adapter is None or args.merge else peft.files(args.adapter)
+        companions |= {f"adapter/{path.name}": path for path in beside}
         save(model, args.out, extras={"origin": origin.as_json(), **companions})
         said["out"] = str(args.out)
-        _print(args, f"wrote {args.out} (eqx_transformers.load reads it)")
+        adapts = f"; converters.peft.load(model, {str(args.out / 'adapter')!r}) adapts it" if beside else ""
+        _print(args, f"wrote {args.out} (eqx_transformers.load reads it{adapts})")
     if args.export is not None:
         export(model, args.export, origin)
         said["export"] = str(args.export)

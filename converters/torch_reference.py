@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from .recording import Gradients, Recording, Tensor, compared, facts
 FLAX = ".msgpack"
 
 
-def expect() -> None:
-    """Raises an ImportError with the pip line when the reference cannot be imported."""
+def expect(adapter: bool = False) -> None:
+    """Raises an ImportError with the pip line when the reference, or with an `adapter` PEFT, cannot be imported."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -32,14 +33,22 @@ def expect() -> None:
             "Verification needs the reference: pip install 'eqx_transformers[verify]'. Where that cannot be, verify"
             " against a record that was made elsewhere: verify(…, against=FILE)."
         ) from error
+    if adapter:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ImportError("Verification with an adapter needs PEFT: pip install 'peft>=0.21.2'") from error
 
 
-def recorded(model: Any, origin: Origin, *, with_gradients: bool) -> Recording:
-    """All that a verification of `model` compares with, computed here."""
+def recorded(model: Any, origin: Origin, *, with_gradients: bool, adapter: Path | None = None) -> Recording:
+    """All that a verification of `model` compares with, computed here; what it computes, with an adapter of PEFT's."""
     import torch
     import transformers
 
     reference = load(model, origin)
+    plain = tensors(reference, model)
+    if adapter is not None:
+        _adapt(reference, adapter)
     inputs = taps.random_inputs(model)
     layers = outputs(reference, model, taps.probes(model), inputs)
     found = gradients(reference, model, inputs) if with_gradients else None
@@ -49,7 +58,7 @@ def recorded(model: Any, origin: Origin, *, with_gradients: bool) -> Recording:
         architecture=type(reference).__name__,
         facts=facts(model.config),
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
-        tensors=tensors(reference, model),
+        tensors=plain,
         inputs=inputs,
         layers=layers,
         gradients=found,
@@ -121,6 +130,15 @@ def _as_torch(checkpoint: Checkpoint, path: Path) -> None:
 def _torch_name(key: str) -> str:
     *steps, last = key.split("/")
     return ".".join([*steps, "weight" if last in ("kernel", "scale", "embedding") else last])
+
+
+def _adapt(reference: Any, adapter: Path) -> None:
+    """Puts the adapter's layers into the reference; what its modules are called stays."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # one library's, about another
+        PeftModel.from_pretrained(reference, adapter).eval()
 
 
 def tensors(reference: Any, model: Any) -> dict[str, Tensor]:

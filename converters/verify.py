@@ -13,7 +13,7 @@ import numpy as np
 from eqx_transformers import serialisation, unstack
 from eqx_transformers.skeletons import stacked_paths, stacks
 
-from . import convert, noise, recording, reference_names, taps, torch_reference
+from . import convert, noise, peft, recording, reference_names, taps, torch_reference
 from .checkpoint import open_directory
 from .errors import ConversionError
 from .families import FAMILIES
@@ -101,6 +101,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     model: Any = None,
     origin: Origin | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Verification:
     """Compares ours with the torch reference on the same random rows (padded ones among them), in float32.
@@ -116,23 +117,31 @@ def verify(
     `against` names such a file in the place of the reference: neither torch, transformers nor the checkpoint that a
     native directory came from is needed then.
 
+    `adapter` names a directory of the PEFT library: the layers of `model`, the plain base, are compared with it on
+    both sides, and the tensors without.
+
     Raises an `ImportError` with the pip line when torch or transformers is missing; a `FileExistsError` where `record`
     is something else than a record; a `SourceNotFound` where `against`, or the directory for `record`, is not there; a
     `MalformedCheckpoint` where `against` is no whole record, and a `ConversionError` where it is another model's.
     """
-    known = prepared(record, against)
+    if adapter is not None and (gradients or record is not None or against is not None):
+        raise ConversionError("adapter= compares outputs with the reference run here: no gradients, record or against.")
+    known = prepared(record, against, adapter=adapter is not None)
     if model is None:
         model, origin = convert.load(source, **options)
     elif origin is not None and known is None:
         _expect_same(source, origin)
     model = _plain(model)
     if known is None:
-        known = torch_reference.recorded(model, _with_checkpoint(source, origin), with_gradients=gradients)
+        path = None if adapter is None else Path(adapter)
+        checked = _with_checkpoint(source, origin)
+        known = torch_reference.recorded(model, checked, with_gradients=gradients, adapter=path)
     else:
         recording.expect_of(known, model, gradients, against)
     if record is not None:
         recording.write(record, known)
-    return compared(model, known, gradients=gradients)
+    adapted = model if adapter is None else peft.load(model, adapter, origin)
+    return compared(model, known, gradients=gradients, adapted=adapted)
 
 
 def _expect_same(source: convert.Source, origin: Origin) -> None:
@@ -147,7 +156,7 @@ def _expect_same(source: convert.Source, origin: Origin) -> None:
         )
 
 
-def prepared(record: Any, against: Any) -> Recording | None:
+def prepared(record: Any, against: Any, *, adapter: bool = False) -> Recording | None:
     """The record to compare with; None for the reference itself, which can be run then. All before the work."""
     if record is not None and against is not None:
         raise ConversionError(
@@ -157,7 +166,7 @@ def prepared(record: Any, against: Any) -> Recording | None:
         recording.expect_writable(record)
     if against is not None:
         return recording.read(against)
-    torch_reference.expect()
+    torch_reference.expect(adapter)
     return None
 
 
@@ -190,11 +199,12 @@ def _with_checkpoint(source: convert.Source, origin: Origin | None) -> Origin:
 ELSEWHERE = "A record of the reference, made elsewhere with verify(…, record=FILE), will do: verify(…, against=FILE)."
 
 
-def compared(model: Any, known: Recording, *, gradients: bool) -> Verification:
-    """Our model (in its own dtype, its blocks a tuple) against what the reference computed."""
+def compared(model: Any, known: Recording, *, gradients: bool, adapted: Any = None) -> Verification:
+    """Our model (in its own dtype, its blocks a tuple) against what the reference computed; with adapters, if any."""
+    adapted = model if adapted is None else adapted
     weights = _different_weights(model, known)
     names = taps.probes(model) | {"": "output"}
-    wide = _float32(model)
+    wide = _float32(adapted)
     with jax.default_matmul_precision("highest"):
         ours, theirs = taps.outputs(wide, [path for path in names if path])(known.inputs), known.layers
         grads = _gradients(wide, known.inputs, known.gradients) if gradients and known.gradients else {}
@@ -202,7 +212,7 @@ def compared(model: Any, known: Recording, *, gradients: bool) -> Verification:
         ours, theirs = (_seen(model, layers, known.inputs["attention_mask"]) for layers in (ours, theirs))
     layers = tuple(Layer(path, names[path], _error(ours[path], theirs[path])) for path in names)
     del wide, ours
-    half = None if known.noise is None else noise.measure(model, known.noise)
+    half = None if known.noise is None else noise.measure(adapted, known.noise)
     return Verification(TOLERANCE, layers, weights, grads, half)
 
 
