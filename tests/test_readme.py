@@ -20,7 +20,7 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 5 and names["embeddings"].shape == (3, 384)
+    assert len(blocks) == 6 and names["embeddings"].shape == (3, 384)
     assert names["tokens"].shape == names["sampled"].shape == (2, 8)
     assert names["logits"].shape == (2, 2) and names["grown"].backbone.embedding.tokens.vocab_size == 50270
     assert names["calm"].config.dropout == 0.0 and (tmp_path / "my-model" / "config.json").is_file()

@@ -204,12 +204,24 @@ def test_a_skeleton_is_selected_in_and_changed_as_its_model(stacked):
 # ---- the page
 
 
-def test_the_examples_of_the_page_run_in_order():
-    page = (Path(__file__).parents[2] / "docs" / "surgery.md").read_text()
+def run_examples(name):
+    """The names that the Python blocks of a page leave, run one after another."""
+    page = (Path(__file__).parents[2] / "docs" / name).read_text()
     names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
-    assert len(blocks) == 2
+    return names
+
+
+def test_the_examples_of_surgery_run_in_order():
+    names = run_examples("surgery.md")
     assert names["where"].count(names["model"]) == 4
     assert names["where"].paths(names["adapted"]) == FOUND["bert"]
+    assert names["shorter"].backbone.stack.num_layers == 1 and names["whole"].config.num_layers == 3
+
+
+def test_the_examples_of_adapters_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        names = run_examples("adapters.md")
+    assert names["value"] < jnp.log(2) * 2 and select("LoRA").count(names["qlora"]) == 8
