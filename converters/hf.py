@@ -26,6 +26,7 @@ from .export import export
 from .filling import Progress
 from .listing import listing
 from .origin import Origin
+from .peft.reading import expect, files
 from .report import Report
 from .scan import scan
 from .verify import prepared, verify
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
         return DONE if report.ok else UNCLEAN
     _expect_free(args)  # before the work, not after it; so is what follows
     if args.adapter is not None:
-        peft.expect(args.adapter)
+        expect(args.adapter)
     if args.verify:
         prepared(args.record, args.against, adapter=args.adapter is not None)
 
@@ -152,7 +153,7 @@ def _expect_free(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace, model: Any, origin: Origin, said: dict[str, Any]) -> None:
     if args.out is not None:
         companions = {name: Path(origin.directory or "") / name for name in origin.files}
-        beside = [] if args.adapter is None or args.merge else peft.files(args.adapter)
+        beside = [] if args.adapter is None or args.merge else files(args.adapter)
         companions |= {f"adapter/{path.name}": path for path in beside}
         save(model, args.out, extras={"origin": origin.as_json(), **companions})
         said["out"] = str(args.out)

@@ -86,9 +86,19 @@ def uses() -> list[object]:
     return [x for name in sorted(names) for x in resolved(name)]
 
 
+DOORS = (
+    eqx_transformers,
+    eqx_transformers.nn,
+    eqx_transformers.surgery,
+    eqx_transformers.expression,
+    eqx_transformers.generation,
+    eqx_transformers.training,
+    converters,
+    converters.peft,
+)
 PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in (eqx_transformers, eqx_transformers.nn, eqx_transformers.training, converters)
+    for package in DOORS
     for name in exported(package)
 ]
 

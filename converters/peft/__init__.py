@@ -1,4 +1,4 @@
 """Adapters of the PEFT library, in and out: LoRA and its variants, and (IA)³."""
 
-from .reading import adapted as adapted, expect as expect, files as files, load as load
+from .reading import adapted as adapted, load as load
 from .writing import save as save

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eqx_transformers import CausalLM
-from eqx_transformers.expression import costs, trace
+from eqx_transformers.expression import Cost, Expression, Node, costs, trace
 from eqx_transformers.nn import Linear
 
 from ..models.ours import LENGTH, make, tokens
@@ -43,6 +43,8 @@ def test_a_module_costs_what_is_inside_of_it():
     one = 2 * 5 * 3 * 7 + 35  # the bias is added
     assert [found[node].flops for node in calls] == [one, one]
     assert found[expression.root].flops == 2 * one + 2 * 5 * 7 * 3
+    assert isinstance(expression, Expression)
+    assert all(isinstance(node, Node) and isinstance(cost, Cost) for node, cost in found.items())
 
 
 def test_a_scan_counts_every_turn_a_cond_its_dearest_branch_and_a_loop_once():
