@@ -13,7 +13,7 @@ Kind = Literal["root", "module", "function", "control", "equation"]
 Chain = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """What was called, with what, and what is inside of it.
 
@@ -46,6 +46,10 @@ class Node:
     equation: Any = None
     record: Any = None
     group: Any = None
+
+    def __repr__(self) -> str:
+        place = f" at {self.path}" if self.path else ""
+        return f"<{self.kind} {self.tag}{place}>"
 
     def walk(self) -> Iterator["Node"]:
         """This node and all below it, in the order in which they run."""

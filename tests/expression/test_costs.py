@@ -43,7 +43,7 @@ def test_a_module_costs_what_is_inside_of_it():
     one = 2 * 5 * 3 * 7 + 35  # the bias is added
     assert [found[node].flops for node in calls] == [one, one]
     assert found[expression.root].flops == 2 * one + 2 * 5 * 7 * 3
-    assert isinstance(expression, Expression)
+    assert isinstance(expression, Expression) and repr(calls[0]) == "<module Linear>"
     assert all(isinstance(node, Node) and isinstance(cost, Cost) for node, cost in found.items())
 
 
