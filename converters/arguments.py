@@ -114,8 +114,10 @@ def _expect_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("with --adapter, --verify compares outputs alone: no --gradients, --record or --against")
     if args.export is not None and not args.merge:
         parser.error("--export writes a whole model: merge the adapter into it with --merge (alone, it is in DIR)")
-    if not args.merge and is_native(args.source):
-        parser.error(f"{args.source} is in the native format already: --adapter writes something with --merge alone")
+    if is_native(args.source) and args.export is None and not args.verify:
+        parser.error(
+            f"{args.source} is in the native format already: of it, --adapter DIR --merge --export HF writes one"
+        )
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -93,6 +93,11 @@ def _config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         found = sorted(p.name for p in directory.iterdir())
+        if "adapter_config.json" in found:
+            raise MalformedCheckpoint(
+                f"{directory} is a PEFT adapter, not a model: load its base, and then converters.peft.load(model, …),"
+                " or python -m converters.hf BASE --adapter DIR."
+            )
         what = f"it holds {', '.join(found[:5])}{', …' if len(found) > 5 else ''}" if found else "it is empty"
         raise MalformedCheckpoint(f"{directory} has no config.json: not a Hugging Face model directory ({what}).")
     return read_json(path)

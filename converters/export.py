@@ -50,7 +50,10 @@ def export(
     """
     if found := differences(model):
         raise ConversionError(
-            "The model differs from what its config builds, so the export would not be it:\n  " + "\n  ".join(found)
+            "The model differs from what its config builds, so the export would not be it:\n  "
+            + "\n  ".join(found)
+            + "\nmerge(model) makes plain layers of adapters (converters.peft.save writes these alone),"
+            " dequantize(model) of small weights; reconfigure(model, …) changes a fact."
         )
     specs, get = tensors(model)
     flax = _is_flax(model, container)

@@ -30,8 +30,8 @@ def reconfigure(
     that were inserted or removed need their new number alone, `reconfigure(model, num_layers=…)`.
     """
     config = replace(model.config, **facts)  # pyright: ignore[reportAttributeAccessIssue]
-    if (edits := differences(model)) and differences(model, config):
-        raise ValueError(_LOST.format(edits="\n  ".join(edits)))
+    if (edits := differences(model)) and (left := differences(model, config)):
+        raise ValueError(_LOST.format(edits="\n  ".join(min(edits, left, key=len))))
     built = skeleton(type(model), config, stacked_paths(model))
     old, problems = leaves_by_path(model), []
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from . import tensor_file
 from ._files import replacing
+from ._settings import gaps, settings
 from .models.backbones import BACKBONES, ENCODERS
 from .models.heads import HEADS
 from .models.t5 import T5
@@ -46,7 +47,9 @@ def save(
 
     `extras` travel along: a `pathlib.Path` is a file to copy under that name, anything else must be JSON.
     A model that its config does not rebuild (adapted, quantized, resized, another activation) is refused with a
-    `ValueError` that names every difference, unless `edited=True`: such a directory is loaded with `skeleton=`.
+    `ValueError` that names every difference, unless `edited=True`: such a directory is loaded with `skeleton=`, a
+    function that repeats the edits. What it holds beside arrays (classes, static fields, functions by name) is written
+    too, so that an edit which was not repeated is found.
     """
     if type(model).__name__ not in MODELS or type(model) is not MODELS[type(model).__name__]:
         raise TypeError(f"A {type(model).__name__} could not be loaded again; this library saves {', '.join(MODELS)}.")
@@ -67,8 +70,12 @@ def load(
     """(model, extras) of a directory that `save` wrote, bit for bit and in the dtypes that were saved.
 
     `skeleton` is a function of the plain model that repeats the edits of one saved with `edited=True`; it runs under
-    `filter_eval_shape`, so that it costs no memory. Raises a `FormatError` that names every array that is missing,
-    unexpected or of another shape.
+    `filter_eval_shape`, so that it costs no memory:
+
+        load("adapted", skeleton=lambda model: add_adapter(model, where, rank=8, key=jax.random.key(0)))
+
+    Raises a `FormatError` that names every array that is missing, unexpected or of another shape, and every setting in
+    which the skeleton is another model than the one that was saved.
     """
     directory = Path(directory)
     described = _described(directory)
@@ -76,7 +83,18 @@ def load(
         raise FormatError(f"{directory} holds an edited {described['class']}; repeat the edits in load(…, skeleton=…).")
     plain = _plain(described)
     tree = plain if skeleton is None else eqx.filter_eval_shape(skeleton, plain)
+    _expect_settings(described, tree, directory)
     return _filled(tree, directory / "model.safetensors"), _unpack(directory)
+
+
+def _expect_settings(described: dict[str, Any], tree: Any, directory: Path) -> None:
+    """An edit of no array (another activation, an epsilon, an adapter's dropout) must have been repeated too."""
+    saved = described.get("settings")
+    if saved is not None and (found := gaps(saved, settings(tree))):
+        more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
+        raise FormatError(
+            f"{directory} holds another model than the one that skeleton= builds:\n  " + "\n  ".join(found[:20]) + more
+        )
 
 
 def is_native(directory: str | os.PathLike[str]) -> bool:
@@ -96,10 +114,13 @@ def _describe(model: Any, edited: bool) -> dict[str, Any]:
         "facts": dataclasses.asdict(model.config),
         "stacked": list(stacked_paths(model)),
         "edited": edited,
+        **({"settings": settings(model)} if edited else {}),
     }
 
 
 def _described(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise FormatError(f"{directory} is not a directory: there is no model. Is the path right?")
     if not (directory / "config.json").is_file():
         raise FormatError(f"{directory} has no config.json: it is not a model in the native format.")
     if not is_native(directory):
@@ -207,4 +228,5 @@ def _dtype(path: str, x: Any) -> np.dtype:
 
 _EDITED = """The model differs from what its config builds, so it could not be loaded again from its config:
   {edits}
-Use reconfigure(model, …) for a changed fact, merge adapters, or pass edited=True and load with skeleton=."""
+Use reconfigure(model, …) for a changed fact, merge(model) for adapters, dequantize(model) for small weights, or pass
+edited=True and load with skeleton=."""

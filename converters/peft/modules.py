@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from eqx_transformers.nn import Embedding, Linear
-from eqx_transformers.skeletons import skeleton, stacked_paths
+from eqx_transformers.nn import Embedding, Linear, Stack
+from eqx_transformers.skeletons import skeleton, stacked_paths, stacks
 from eqx_transformers.surgery.paths import is_array_like, leaves_by_path, nodes, spell
 
 from ..errors import ConversionError
@@ -75,6 +75,7 @@ class Modules:
                 " eqx_transformers.save(model, directory, edited=True) keeps an adapted model of any kind."
             )
         built = skeleton(type(model), model.config, stacked_paths(model))
+        _expect_depth(stacks(model), stacks(built))
         table = family.table(model.config, type(model))
         leaves = {path: leaf for path, leaf in leaves_by_path(built).items() if is_array_like(leaf)}
         layers = {spell(path): node for path, node in nodes(built) if isinstance(node, Linear | Embedding)}
@@ -122,3 +123,12 @@ def _is_turned(op: Op, outputs: int) -> bool:
     """Whether a matrix goes in as (inputs, outputs): one of as many inputs as outputs and one more would show it."""
     (first, *_) = op.forward(np.zeros((outputs + 1, outputs), np.bool_))
     return first.shape[-1] == outputs + 1
+
+
+def _expect_depth(there: Mapping[str, Stack], built: Mapping[str, Stack]) -> None:
+    for path, one in built.items():
+        if there[path].num_layers != one.num_layers:
+            raise ConversionError(
+                f"{path} has {there[path].num_layers} blocks, and the config says {one.num_layers}: PEFT's names are"
+                " those of the config. reconfigure(model, num_layers=…) before there are adapters, and then these."
+            )

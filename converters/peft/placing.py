@@ -28,7 +28,7 @@ def with_loras(tree: Tree, sites: Mapping[str, tuple[Site, Factors]], dropout: f
     """With a LoRA, or one more adapter in it, at every path."""
     rows: dict[str, dict[int | None, LowRank]] = {}
     for site, factors in sites.values():
-        salt = int.from_bytes(hashlib.blake2b(site.name.encode(), digest_size=4).digest(), "little")
+        salt = int.from_bytes(hashlib.blake2b(f"{name}:{site.name}".encode(), digest_size=4).digest(), "little")
         for path, part in zip(site.paths, split(site, factors), strict=True):
             rows.setdefault(path, {})[site.layer] = _low_rank(part, dropout, salt)
     return tree.replaced({path: _wrapped(tree, path, layers, name) for path, layers in rows.items()})

@@ -70,7 +70,11 @@ def read(directory: Path) -> Settings:
     path = directory / CONFIG
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:5]) if directory.is_dir() else "no directory"
-        raise SourceNotFound(f"{path} is not there (found: {found or 'nothing'}): not a directory of a PEFT adapter.")
+        hint = " Pass the directory that the file is in." if directory.is_file() else ""
+        raise SourceNotFound(
+            f"{path} is not there (found: {found or 'nothing'}): not a directory of a PEFT adapter.{hint} (An adapter"
+            " on the hub is fetched first, by huggingface_hub.snapshot_download.)"
+        )
     fields = read_json(path)
     kind = fields.get("peft_type")
     if kind not in ("LORA", "IA3"):

@@ -34,8 +34,17 @@ class Tree:
 
     def wrappers(self, kind: Any) -> dict[str, Any]:
         """Every one of a class or several, by the path at which the plain layer would be."""
-        found = {path: node for path, (_, node) in self._places.items() if isinstance(node, kind)}
-        return {self._plain(path): node for path, node in found.items()}
+        found: dict[str, Any] = {}
+        for path, (_, node) in self._places.items():
+            if not isinstance(node, kind):
+                continue
+            if (own := self._plain(path)) in found:
+                raise ConversionError(
+                    f"{own} has one {type(node).__name__} within another, and a directory has one adapter a layer."
+                    " Select the LoRA and not its base (add_adapter does), or merge(model) first."
+                )
+            found[own] = node
+        return found
 
     def _plain(self, path: str) -> str:
         above = path.removesuffix(".base")

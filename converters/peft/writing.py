@@ -47,19 +47,22 @@ def save(
     Its configuration is that of the tree: ranks, scales (as alphas that give the same numbers back), DoRA, dropout.
     `name` says which adapter, where there are several; how much it counts at the moment (`set_adapters`) is no part of
     it. What else has changed is for the caller to name: `modules_to_save`, paths of ours whose parameters are written
-    whole (`("head",)`), and `bias` ("all", or "lora_only": of adapted layers). `origin`, the base's, says where it is.
+    whole (`("head",)`: without it, a head that was trained is not in the directory), and `bias` ("all", or
+    "lora_only": of adapted layers). `origin`, the base's, says where it is.
 
-    What is read back by `load` is the same, to the bit. But of the three layers of ours that are one in the reference
-    (GPT-2's queries, keys and values), adapters with different A become one of all their ranks, which computes the
-    same. An adapted table that is tied is written as PEFT would adapt it and its second names, each on its own.
+    What is read back by `load` is the same, to the bit, but for the numbers that dropout's keys are mixed with. Of the
+    three layers of ours that are one in the reference (GPT-2's queries, keys and values), adapters with different A
+    become one of all their ranks, which computes the same. An adapted table that is tied is written as PEFT would adapt
+    it and its second names, each on its own.
 
-    The base is taken to be the one that `load` is given. What PiSSA and OLoRA have taken out of it is in the adapter
-    alone: such a model is exported after `merge`, or its base is saved beside the adapter.
+    The base is taken to be the one that `load` is given. PiSSA and OLoRA have taken what is in the adapter out of it:
+    such a model is refused, and exported after `merge`.
 
     The directory appears whole, or stays as it was; an earlier adapter in it is replaced, nothing else is. Raises a
     `FileExistsError` for a directory of something else, and a `ConversionError` for a tree that has no adapter or
     several, or one that the format has no words for.
     """
+    modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else modules_to_save
     target = Path(os.path.realpath(directory))
     expect_replaceable(target)
     expect_unmerged(model, "peft.save")
@@ -106,6 +109,7 @@ def _is_ia3(tree: Tree, name: str | None) -> bool:
 def _lora(tree: Tree, modules: Modules, name: str | None) -> tuple[Settings, Tensors]:
     loras = tree.wrappers(LoRA)
     name = _named(loras, name)
+    _expect_whole_bases(loras)
     having = {path: node.adapters[node.names.index(name)] for path, node in loras.items() if name in node.names}
     found = [(site, _factors(tree, site, having)) for site in modules.covering(having)]
     uses = [use for site, whole in found for use in _uses(modules, site, whole)]
@@ -120,6 +124,15 @@ def _named(loras: Mapping[str, LoRA], name: str | None) -> str:
     if name is not None and name not in names:
         raise ConversionError(f"There is no adapter named {name!r}; there are {', '.join(names)}.")
     return names[0] if name is None else name
+
+
+def _expect_whole_bases(loras: Mapping[str, LoRA]) -> None:
+    """Others have the base as it was before PiSSA or OLoRA took a part of it."""
+    if taken := [path for path, node in loras.items() if any(adapter.residual for adapter in node.adapters)]:
+        raise ConversionError(
+            f"The base at {taken[0]} is what init='pissa' or 'olora' left of it, so on the base that others have the"
+            " adapter would compute something else. Export the whole model after surgery.merge(model)."
+        )
 
 
 def _factors(tree: Tree, site: Site, having: Mapping[str, LowRank]) -> Factors:

@@ -41,16 +41,20 @@ def drawn(init: str, shape: Shape, is_table: bool, key: PRNGKeyArray) -> tuple[A
     """
     for_a, for_b = jax.random.split(key)
     if is_table:
-        a = jax.random.normal(for_a, shape.a) if init == "random" else jnp.zeros(shape.a)
-        return a, jax.random.normal(for_b, shape.b)
-    a = jax.random.normal(for_a, shape.a) / shape.rank if init == "gaussian" else uniform(for_a, shape.a, shape.inputs)
-    return a, uniform(for_b, shape.b, shape.rank) if init == "random" else jnp.zeros(shape.b)
+        a = jax.random.normal(for_a, shape.a, jnp.float32) if init == "random" else jnp.zeros(shape.a, jnp.float32)
+        return a, jax.random.normal(for_b, shape.b, jnp.float32)
+    a = (
+        jax.random.normal(for_a, shape.a, jnp.float32) / shape.rank
+        if init == "gaussian"
+        else uniform(for_a, shape.a, shape.inputs)
+    )
+    return a, uniform(for_b, shape.b, shape.rank) if init == "random" else jnp.zeros(shape.b, jnp.float32)
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Array:
     """Within 1 / sqrt(fan_in): what torch draws for a linear layer's weight and bias."""
     bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
 
 
 def taken(

@@ -26,6 +26,7 @@ class LowRank(eqx.Module):
     - `b_bias` (`outputs`) is added to what `b` gives, before the scale.
     - `scale` is $s$: alpha / rank, or alpha / sqrt(rank). An array, so that another alpha compiles nothing anew.
     - `magnitude` (`outputs`) is DoRA's. The norm gets no gradient (section 4.3 of the paper).
+    - `residual`: the base is what remained when `a` and `b` were taken out of it (PiSSA, OLoRA).
     - `salt` is folded into the key of the block, which all of its layers share: each drops something else.
 
     In stacked blocks all arrays have a leading layer axis. Sums run in float32 at least.
@@ -39,6 +40,7 @@ class LowRank(eqx.Module):
     magnitude: Float[Array, " outputs"] | None
     dropout: eqx.nn.Dropout
     salt: UInt32[Array, ""]
+    residual: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class LowRank(eqx.Module):
         magnitude: Float[Array, " outputs"] | None = None,
         dropout: float = 0.0,
         salt: int | UInt32[Array, ""] = 0,
+        residual: bool = False,
     ):
         self.a = a
         self.b = b
@@ -58,6 +61,7 @@ class LowRank(eqx.Module):
         self.magnitude = magnitude
         self.dropout = eqx.nn.Dropout(float(dropout))
         self.salt = jnp.asarray(salt, jnp.uint32)
+        self.residual = residual
 
     @property
     def rank(self) -> int:

@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
 
 from ..nn import Embedding, Linear
 from ..nn._errors import expect_last_axis
-from ..nn.linear import contract
-from ._rounding import LEVELS, dense4, dense8, product, rounded, rounded4
+from ._rounding import LEVELS, dense4, dense8, product, product4, rounded, rounded4
 
 
 class Quantized(eqx.Module):
@@ -133,7 +132,8 @@ class Int4Linear(Quantized):
         self, x: Float[Array, "*axes {self.in_features}"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*axes {self.out_features}"]:
         expect_last_axis(self, "in_features", self.in_features, x.shape)
-        return _with_bias(contract(x, self.dense()), self.bias).astype(x.dtype)
+        y = product4(x, self.numbers, self.scale, self.group, self.in_features)
+        return _with_bias(y, self.bias).astype(x.dtype)
 
     def dense(self) -> Float[Array, "*layers {self.out_features} {self.in_features}"]:
         return dense4(self.numbers, self.scale, self.group, self.in_features)
@@ -208,7 +208,7 @@ class Int4Embedding(Quantized):
     def attend(self, x: Float[Array, "*axes {self.embed_dim}"]) -> Float[Array, "*axes {self.vocab_size}"]:
         """Scores of `x` against every row."""
         expect_last_axis(self, "embed_dim", self.embed_dim, x.shape)
-        return contract(x, self.dense()).astype(x.dtype)
+        return product4(x, self.numbers, self.scale, self.group, self.embed_dim).astype(x.dtype)
 
     def dense(self) -> Float[Array, "*layers {self.vocab_size} {self.embed_dim}"]:
         return dense4(self.numbers, self.scale, self.group, self.embed_dim)

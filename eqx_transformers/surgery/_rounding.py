@@ -63,9 +63,22 @@ def unpacked(p: Int8[Array, "*axes half"], size: int) -> Int8[Array, "*axes {siz
 
 
 def product(x: Array, numbers: Array, scale: Array) -> Array:
-    """x (q · scale)ᵀ in float32 at least. Whole numbers of 8 bits are exact in every dtype, scales are not."""
-    y = contract(x, numbers.astype(wider(x.dtype, scale.dtype)))
-    return y * jnp.broadcast_to(scale.astype(y.dtype), y.shape)
+    """x (q · scale)ᵀ in float32 at least. Whole numbers of 8 bits are exact in every dtype, scales are not.
+
+    Nothing is kept for a derivative but the numbers as they are: a scan would keep all layers' in float32.
+    """
+
+    def multiplied(x: Array, numbers: Array, scale: Array) -> Array:
+        y = contract(x, numbers.astype(wider(x.dtype, scale.dtype)))
+        return y * jnp.broadcast_to(scale.astype(y.dtype), y.shape)
+
+    return jax.checkpoint(multiplied)(x, numbers, scale)
+
+
+def product4(x: Array, numbers: Array, scale: Array, group: int, size: int) -> Array:
+    """The same of packed numbers, whose scales are by groups."""
+    multiplied = lambda x, numbers, scale: contract(x, dense4(numbers, scale, group, size))
+    return jax.checkpoint(multiplied)(x, numbers, scale)
 
 
 def dense8(numbers: Array, scale: Array) -> Array:

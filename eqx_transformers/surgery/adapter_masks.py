@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 
 from .ia3 import IA3
@@ -19,7 +20,10 @@ LABELS = {"a": "a", "b": "b", "b_bias": OTHER, "magnitude": OTHER}
 
 
 def adapter_mask(model: Any, *, bias: Bias = "none", also: Selection | None = None, name: str | None = None) -> Any:
-    """A tree of bools for `eqx.partition`: which leaves train. (`optax.masked` takes the function itself.)
+    """A tree of bools for `eqx.partition`: which leaves train.
+
+    `optax.masked` alone does not freeze the others: it hands their gradients on as they are. Partition the model, or
+    use `optax.multi_transform` with `set_to_zero` (`adapter_labels`).
 
     - Of every `LoRA`, what its adapters learn: A, B, B's bias, DoRA's magnitude (of `name` alone, if given); of every
       `IA3`, its factors. Scales and weights of adapters are numbers of the user's.
@@ -35,7 +39,12 @@ def adapter_mask(model: Any, *, bias: Bias = "none", also: Selection | None = No
     is_bias = lambda path: path in adapted or (bias == "all" and path[-1:] == (GetAttrKey("bias"),))
     keep = lambda path, leaf, label: label != FROZEN or (is_array_like(leaf) and is_bias(path))
     mask = jax.tree_util.tree_map_with_path(keep, model, labels)
-    return mask if also is None else jax.tree.map(operator.or_, mask, also.mask(model))
+    if also is None:
+        return mask
+    learns = lambda chosen, x: (
+        chosen and jnp.issubdtype(x.dtype, jnp.inexact)
+    )  # not salts, nor whole numbers of weights
+    return jax.tree.map(operator.or_, mask, jax.tree.map(learns, also.mask(model), model))
 
 
 def adapter_labels(model: Any, *, name: str | None = None) -> Any:

@@ -16,7 +16,7 @@ from ._owners import found_or_owner
 from .lora import LoRA
 from .merging import expect_unmerged
 from .paths import at, nearest, nodes, spell
-from .select import Selection, select
+from .select import Selection, expect_selection, select
 
 Tree = TypeVar("Tree")
 BASE = GetAttrKey("base")
@@ -47,11 +47,13 @@ def add_adapter(
 
         add_adapter(model, select("Linear", under="**.blocks"), rank=8, rank_pattern={"**.mlp": 4}, key=key)
 
-    A layer that has an adapter gets a second one under another name: selecting the LoRA or its base is the same.
+    A layer that has an adapter gets a second one under another name: selecting the LoRA or its base is the same. Both
+    count from then on, until `set_adapters(model, name)` says otherwise.
 
     Raises a `ValueError` where the selection does, where it asks for an end of tied weights that has none of its own
     (it names the owner), for a pattern that no layer needs, and where `LoRA.adapter` does, with the path as a note.
     """
+    expect_selection(selection, "add_adapter")
     expect_unmerged(model, "add_adapter")
     paths = _places(model, selection)
     ranks = _by_pattern(model, paths, rank_pattern or {}, "rank_pattern")
@@ -100,7 +102,12 @@ def _by_pattern(model: Any, paths: list[KeyPath], pattern: Mapping[str, Any], wh
                 f"add_adapter: {what} has {text!r}, which none of the {len(paths)} selected layers matches or lies in."
                 f"{near or f' The first of them: {spell(paths[0])}.'}"
             )
-        chosen = dict.fromkeys(covered, value) | chosen  # the first pattern wins
+        if not set(covered) - chosen.keys():
+            raise ValueError(
+                f"add_adapter: {what} has {text!r}, but every layer that it matches has an earlier pattern, and the"
+                " first one wins: put the narrower one first."
+            )
+        chosen = dict.fromkeys(covered, value) | chosen
     return chosen
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..nn import Stack
 from ..nn._dtypes import wider
+from ._bases import AbstractWrapper
 from .paths import children, is_array_like, leaves_by_path, spell
 from .select import Selection
 
@@ -180,6 +181,8 @@ def _is_norm(node: Any) -> bool:
 
 
 def _is_table(node: Any) -> bool:
+    while isinstance(node, AbstractWrapper):
+        node = node.base
     return isinstance(node, eqx.Module) and (isinstance(node, eqx.nn.Embedding) or hasattr(type(node), "attend"))
 
 

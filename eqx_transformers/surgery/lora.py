@@ -148,8 +148,12 @@ class Plan(NamedTuple):
 
     def check(self) -> None:
         """Raises a `ValueError` for what can be seen without a layer."""
-        if self.rank < 1 or self.parts < 1:
-            raise ValueError(f"LoRA: rank and parts are at least 1; they are {self.rank} and {self.parts}.")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.rank, self.parts)):
+            raise ValueError(
+                f"LoRA: rank and parts are whole numbers, at least 1; they are {self.rank!r} and {self.parts!r}."
+            )
+        if not isinstance(self.alpha, int | float) or self.alpha == 0:
+            raise ValueError(f"LoRA: alpha must be a number, and with 0 nothing ever changes; it is {self.alpha!r}.")
         if self.init not in INITS:
             raise ValueError(f"LoRA: init must be one of {', '.join(INITS)}; it is {self.init!r}.")
         if not 0 <= self.dropout < 1:
@@ -210,7 +214,7 @@ def _begun(plan: Plan, base: Any, key: PRNGKeyArray) -> tuple[Any, LowRank]:
         a, b = drawn(plan.init, shape, bases.is_table(base), for_ab)
     bias = _bias(plan, shape, for_bias) if plan.use_bias else None
     salt = jax.random.bits(for_salt, (), jnp.uint32)
-    adapter = LowRank(a, b, plan.scale, b_bias=bias, dropout=plan.dropout, salt=salt)
+    adapter = LowRank(a, b, plan.scale, b_bias=bias, dropout=plan.dropout, salt=salt, residual=plan.init in FROM_WEIGHT)
     if plan.init in FROM_WEIGHT:
         base = _remainder(plan, base, adapter)
     if plan.dora:
@@ -220,7 +224,9 @@ def _begun(plan: Plan, base: Any, key: PRNGKeyArray) -> tuple[Any, LowRank]:
 
 
 def _bias(plan: Plan, shape: Shape, key: PRNGKeyArray) -> Float[Array, " outputs"]:
-    return uniform(key, (shape.outputs,), shape.rank) if plan.init == "random" else jnp.zeros(shape.outputs)
+    return (
+        uniform(key, (shape.outputs,), shape.rank) if plan.init == "random" else jnp.zeros(shape.outputs, jnp.float32)
+    )
 
 
 def _remainder(plan: Plan, base: Any, adapter: LowRank) -> Any:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
 
 from ..nn import Embedding, Linear
+from ._bases import AbstractWrapper
 from ._quantized import (
     Int4Embedding as Int4Embedding,
     Int4Linear as Int4Linear,
@@ -24,7 +26,7 @@ from ._quantized import (
     Quantized as Quantized,
 )
 from .paths import at, is_array_like, nodes, spell
-from .select import Selection, select
+from .select import Selection, expect_selection, select
 
 Model = TypeVar("Model")
 
@@ -37,6 +39,7 @@ def quantize(model: Model, selection: Selection, bits: int = 8, group: int = 64)
     A tied output stays tied: it is the embedding's `attend`, of the quantized table. In stacked blocks every layer is
     quantized by itself. Raises as `Quantized.make` does, and a `ValueError` where nothing is selected.
     """
+    expect_selection(selection, "quantize")
     return selection.map(model, Quantized.make(bits, group))
 
 
@@ -98,7 +101,15 @@ def quantization_report(model: Any, quantized: Any) -> QuantizationReport:
     found = [(path, node) for path, node in nodes(quantized) if isinstance(node, Quantized)]
     if not found:
         raise ValueError(f"Nothing in this {type(quantized).__name__} is quantized; the second model must be.")
-    return QuantizationReport(tuple(_line(spell(path), at(model, path), node) for path, node in found))
+    lines = [_line(spell(place), at(model, place), node) for place, node in ((_own(quantized, p), n) for p, n in found)]
+    return QuantizationReport(tuple(lines))
+
+
+def _own(model: Any, path: KeyPath) -> KeyPath:
+    """The path of a layer without the adapters that stand in its place."""
+    while path and isinstance(at(model, path[:-1]), AbstractWrapper):
+        path = path[:-1]
+    return path
 
 
 def _line(path: str, layer: Any, quantized: Quantized) -> QuantizedLayer:

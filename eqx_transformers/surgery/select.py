@@ -120,7 +120,10 @@ class Selection:
         return self.map(model, lambda _: value)
 
     def mask(self, model: Any) -> Any:
-        """A tree of bools, for `eqx.partition` and `optax.masked`: which leaves are arrays at or below a node."""
+        """A tree of bools, for `eqx.partition`: which leaves are arrays at or below a node.
+
+        (`optax.masked` hands on the gradients of the others as they are: it does not freeze them.)
+        """
         chosen = set(self._find(model, False))
         is_inside = lambda path: any(path[:i] in chosen for i in range(len(path) + 1))
         keep = lambda path, leaf: is_array_like(leaf) and is_inside(path)
@@ -175,6 +178,13 @@ class Selection:
             return [path for path, _ in nodes(tree) if path in kept]
 
         return Selection(find, name)
+
+
+def expect_selection(given: Any, who: str) -> None:
+    """Raises a `TypeError` where something else stands in a selection's place, a pattern say."""
+    if not isinstance(given, Selection):
+        hint = f'; select("Linear", under={given!r}) would be one' if isinstance(given, str) else ""
+        raise TypeError(f"{who} takes a Selection, as select(…) makes it, and got {given!r}{hint}.")
 
 
 def _fixed(paths: list[KeyPath], name: str) -> Selection:

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters import ConversionError, MalformedCheckpoint, Mismatch, SourceNotFound, UnsupportedConfig, peft
-from eqx_transformers import GPT2, SequenceClassifier, Transformer, TransformerConfig
-from eqx_transformers.surgery import select
+from eqx_transformers import GPT2, SequenceClassifier, Transformer, TransformerConfig, stack
+from eqx_transformers.surgery import LoRA, duplicate, remove, select
 from eqx_transformers.surgery.adapters import add_adapter
 from eqx_transformers.surgery.ia3 import IA3
 from eqx_transformers.surgery.merging import merge
@@ -285,3 +285,53 @@ def test_nothing_else_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="it has file"):
         peft.save(loaded("plain"), tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- what could not be written without losing something
+
+
+QUERIES = select("Linear", under="**.attention.query_proj")
+
+
+def adapted_twice(model):
+    for seed in range(2):
+        where = select("Linear", under="**.query_proj").on(model)
+        model = eqx.tree_at(where, model, where.each(model, LoRA.adapter(2, init="random"), key=jax.random.key(seed)))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make_it, said",
+    [
+        (lambda m: adapted_twice(m), "one LoRA within another, and a directory has one adapter a layer"),
+        (
+            lambda m: add_adapter(m, QUERIES, rank=2, init="pissa", key=jax.random.key(0)),
+            "init='pissa' or 'olora' left of it",
+        ),
+        (
+            lambda m: add_adapter(
+                duplicate(stack(m), "backbone.stack.blocks.1"), QUERIES, rank=2, key=jax.random.key(0)
+            ),
+            "has 3 blocks, and the config says 2",
+        ),
+    ],
+    ids=["nested", "pissa", "deeper"],
+)
+def test_an_adapter_that_would_be_lost_or_wrong_is_not_written(make_it, said, tmp_path):
+    with pytest.raises(converters.ConversionError, match=said):
+        peft.save(make_it(plain(ROBERTA)[0]), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_of_other_depth_is_told_so_before_anything_is_loaded(tmp_path):
+    peft.save(add_adapter(plain(ROBERTA)[0], QUERIES, rank=2, key=jax.random.key(0)), tmp_path / "adapter")
+    with pytest.raises(converters.ConversionError, match="has 1 blocks, and the config says 2"):
+        peft.load(remove(plain(ROBERTA)[0], "backbone.stack.blocks.1"), tmp_path / "adapter")
+
+
+def test_an_adapters_directory_is_no_model(tmp_path):
+    peft.save(add_adapter(plain(ROBERTA)[0], QUERIES, rank=2, key=jax.random.key(0)), tmp_path / "adapter")
+    with pytest.raises(converters.ConversionError, match="is a PEFT adapter, not a model"):
+        converters.load(tmp_path / "adapter")
+    with pytest.raises(converters.SourceNotFound, match="Pass the directory that the file is in"):
+        peft.load(plain(ROBERTA)[0], tmp_path / "adapter" / "adapter_model.safetensors")

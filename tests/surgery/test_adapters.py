@@ -312,3 +312,29 @@ def test_an_error_of_a_layer_says_where():
     with pytest.raises(ValueError, match="the rank is 8, but a matrix 15 by 7 has at most 7") as caught:
         added(LINEAR, rank=8)(small())
     assert "at stack.blocks.0.fused" in caught.value.__notes__
+
+
+# ---- what a reviewer tried
+
+
+def test_a_pattern_that_earlier_ones_leave_nothing_for_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"rank_pattern has '\*\*.fused', but every layer .* put the narrower one first"
+    ):
+        add_adapter(small(), LINEAR, rank=2, rank_pattern={"**": 3, "**.fused": 1}, key=KEY)
+
+
+def test_what_else_trains_has_no_whole_numbers_in_it():
+    model = added(FUSED, dropout=0.5)(small())
+    mask = adapter_mask(model, also=select(under="stack.blocks.0"))
+    trained, frozen = eqx.partition(model, mask)
+    assert not any(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(trained))
+    slopes = jax.grad(lambda trained: (eqx.combine(trained, frozen)(IDS) ** 2).sum())(trained)
+    assert any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(slopes.stack.blocks[0].output))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", ["**.fused", ["fused"], None])
+def test_a_pattern_is_no_selection(given):
+    with pytest.raises(TypeError, match=r"add_adapter takes a Selection, as select\(…\) makes it"):
+        add_adapter(small(), given, rank=2, key=KEY)

@@ -12,7 +12,7 @@ import pytest
 
 from eqx_transformers import CausalLM, MaskedLM, SequenceClassifier, select, stack, unstack
 from eqx_transformers.skeletons import skeleton
-from eqx_transformers.surgery import leaves_by_path
+from eqx_transformers.surgery import add_adapter, leaves_by_path
 from eqx_transformers.surgery.freeze import decay_mask, labels, layer_rates, partition, scale_by_rates
 
 from ..models.ours import CONFIGS, DECODERS, make, tokens
@@ -275,3 +275,12 @@ def test_a_model_learns_with_all_of_it_and_what_is_frozen_stays():
     assert values[-1] < values[0]
     after = eqx.combine(trainable, frozen)
     assert equal(after.embedding, model.embedding) and not equal(after.stack, model.stack)
+
+
+def test_adapters_of_linear_layers_are_no_tables_and_decay():
+    model = add_adapter(model_of("bert"), select("Linear"), rank=2, key=jax.random.key(0))
+    mask = decay_mask(model, ("bias", "norm", "embedding"))
+    low = select("LowRank").get(mask)
+    assert low and all(one.a is True and one.b is True for one in low)
+    tables = add_adapter(model_of("bert"), select("Embedding"), rank=1, key=jax.random.key(0))
+    assert not any(one.a for one in select("LowRank").get(decay_mask(tables, ("embedding",))))

@@ -360,7 +360,7 @@ def described(tree):
 
 @every_case
 def test_a_skeleton_is_adapted_to_a_skeleton(case):
-    bare = eqx.filter_eval_shape(lambda: small(stacked=True))
+    bare = eqx.filter_eval_shape(lambda model: model, small(stacked=True))
     assert equal(described(CASES[case].adapt(bare)), described(adapted(case, stacked=True)))
 
 
@@ -378,10 +378,11 @@ def test_under_remat_and_vmap_of_grad():
 # ---- errors
 
 BAD = {
-    "rank": ({"rank": 0}, "rank and parts are at least 1; they are 0 and 1"),
+    "rank": ({"rank": 0}, "rank and parts are whole numbers, at least 1; they are 0 and 1"),
     "init": ({"init": "loftq"}, "init must be one of kaiming, gaussian, pissa, olora, random; it is 'loftq'"),
     "dropout": ({"dropout": 1.0}, "dropout must be at least 0 and less than 1; it is 1.0"),
-    "alpha": ({"init": "pissa", "alpha": 0.0}, "init='pissa' needs an alpha above 0; it is 0.0"),
+    "alpha": ({"init": "pissa", "alpha": -1.0}, "init='pissa' needs an alpha above 0; it is -1.0"),
+    "nothing": ({"alpha": 0.0}, "alpha must be a number, and with 0 nothing ever changes; it is 0.0"),
     "dora": ({"dora": True, "use_bias": True}, "take dora or use_bias"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from eqx_transformers import Encoder, load, nn, save, select, stack, unstack
 from eqx_transformers.skeletons import skeleton
-from eqx_transformers.surgery import leaves_by_path
+from eqx_transformers.surgery import LoRA, adapter_mask, leaves_by_path
 from eqx_transformers.surgery._rounding import packed, unpacked
 from eqx_transformers.surgery.quantize import (
     Int4Embedding,
@@ -309,3 +309,32 @@ def test_a_report_needs_the_model_that_was_quantized():
         quantization_report(other, small)
     with pytest.raises(ValueError, match=r"There is no node at 'embedding\.tokens'"):
         quantization_report(linear(2, 2), small)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_on_stacked_small_weights_keeps_no_wide_copies_of_them(bits):
+    """Of 6 layers of 256 x 256, the float32 copies would be 1.6 MB: they are no residuals of the scan."""
+
+    class Layer(eqx.Module):
+        dense: eqx.Module
+
+        def __call__(self, x, *, key=None):
+            return jnp.tanh(self.dense(x))
+
+    layers = nn.Stack(tuple(Layer(nn.Linear(256, 256, key=jax.random.key(i))) for i in range(6)))
+    model = quantize(stack(layers), select("Linear"), bits=bits)
+    where = select(Quantized).on(model)
+    model = eqx.tree_at(where, model, where.each(model, LoRA.adapter(2), key=jax.random.key(9)))
+    learned, rest = eqx.partition(model, adapter_mask(model))
+    slopes = jax.grad(lambda learned, rest, x: jnp.square(eqx.combine(learned, rest)(x)).sum())
+    x = jnp.ones((4, 256))
+    program = eqx.filter_jit(slopes).lower(learned, rest, x).compile()
+    assert program.compiled.memory_analysis().temp_size_in_bytes < 6 * 256 * 256 * 4
+
+
+def test_a_report_looks_through_adapters_on_small_weights():
+    model = model_of("bert")
+    small = quantize(model, LAYERS, 8)
+    where = select(Quantized).on(small)
+    adapted = eqx.tree_at(where, small, where.each(small, LoRA.adapter(2), key=jax.random.key(9)))
+    assert quantization_report(model, adapted) == quantization_report(model, small)
