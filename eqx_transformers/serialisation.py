@@ -83,13 +83,11 @@ def load(
         raise FormatError(f"{directory} holds an edited {described['class']}; repeat the edits in load(…, skeleton=…).")
     plain = _plain(described)
     tree = plain if skeleton is None else eqx.filter_eval_shape(skeleton, plain)
-    _expect_settings(described, tree, directory)
-    return _filled(tree, directory / "model.safetensors"), _unpack(directory)
+    return _filled(tree, directory / "model.safetensors", described.get("settings")), _unpack(directory)
 
 
-def _expect_settings(described: dict[str, Any], tree: Any, directory: Path) -> None:
+def _expect_settings(saved: dict[str, str] | None, tree: Any, directory: Path) -> None:
     """An edit of no array (another activation, an epsilon, an adapter's dropout) must have been repeated too."""
-    saved = described.get("settings")
     if saved is not None and (found := gaps(saved, settings(tree))):
         more = f"\n  … and {len(found) - 20} more" if len(found) > 20 else ""
         raise FormatError(
@@ -145,7 +143,7 @@ def _plain(described: dict[str, Any]) -> Any:
     return skeleton(MODELS[described["class"]], config_class(**facts), tuple(described["stacked"]))
 
 
-def _filled(tree: Any, path: Path) -> Any:
+def _filled(tree: Any, path: Path, saved: dict[str, str] | None) -> Any:
     try:
         specs, _ = tensor_file.read_header(path)
     except FileNotFoundError:
@@ -155,6 +153,7 @@ def _filled(tree: Any, path: Path) -> Any:
     wanted = {path: leaf for path, leaf in leaves_by_path(tree).items() if is_array_like(leaf)}
     if problems := _problems(wanted, specs):
         raise FormatError(f"{path} does not hold this model:\n  " + "\n  ".join(problems))
+    _expect_settings(saved, tree, path.parent)
     with open(path, "rb", buffering=0) as file:
         read = lambda path, leaf: (
             jax.device_put(tensor_file.read_tensor(file, specs[spell(path)])) if is_array_like(leaf) else leaf

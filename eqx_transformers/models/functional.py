@@ -121,7 +121,9 @@ class HeadSum(eqx.Module):
 
     num_heads: int = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "*axes heads_by_embed_dim"]) -> Float[Array, "*axes embed_dim"]:
+    def __call__(
+        self, x: Float[Array, "*axes heads_by_embed_dim"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*axes embed_dim"]:
         return x.reshape(*x.shape[:-1], self.num_heads, -1).sum(-2)
 
 

@@ -90,9 +90,7 @@ def nudged(x):
 @layouts
 @every
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_adding_changes_nothing_merging_untouched_gives_it_back_and_merging_keeps_the_function(
-    wrapper, family, stacked
-):
+def test_wrappers_change_nothing_at_first_and_merging_keeps_the_function(wrapper, family, stacked):
     model, (where, make) = model_of(family, stacked), WRAPPERS[wrapper]
     fresh = wrapped(model, where, make)
     learnt = trained(fresh)
