@@ -39,6 +39,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.functional
 	$(BIN)/python -m benchmarks.trace
+	$(BIN)/python -m benchmarks.lora
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'

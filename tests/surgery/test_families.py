@@ -46,6 +46,11 @@ def apart(a, b):
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
 
 
+def far(a, b):
+    """The same, of the largest number or of 1: how numerical promises are stated."""
+    return float(jnp.abs(a - b).max() / max(1.0, float(jnp.abs(b).max())))
+
+
 # ---- what wrappers promise
 
 PROJECTIONS = select("Linear", under="**.{attention,self_attention,cross_attention}.{query,value}_proj")
@@ -95,10 +100,12 @@ def test_wrappers_change_nothing_at_first_and_merging_keeps_the_function(wrapper
     fresh = wrapped(model, where, make)
     learnt = trained(fresh)
     plain, added, back, changed, merged = call([model, fresh, merge(fresh), learnt, merge(learnt)], IDS)
-    assert apart(added, plain) < 1e-6 and apart(back, plain) < 1e-6
-    assert apart(merged, changed) < 2e-5 and apart(changed, plain) > 1e-3
+    # PiSSA and OLoRA round what remains of the base, DoRA a norm; all else adds zero.
+    rounding = 2e-5 if wrapper in ("PiSSA", "OLoRA", "DoRA") else 1e-6
+    assert far(added, plain) < rounding and far(back, plain) < rounding
+    assert far(merged, changed) < 2e-5 and apart(changed, plain) > 1e-3
     assert jax.tree.structure(merge(learnt)) == jax.tree.structure(model)
-    if wrapper not in ("PiSSA", "OLoRA", "DoRA"):  # whose rounding is part of them
+    if rounding == 1e-6:
         assert eqx.tree_equal(merge(fresh), model)
 
 
