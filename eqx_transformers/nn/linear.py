@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._dtypes import wider
 from ._errors import expect_last_axis
 
+# The CPU runtime of the oldest JAX has no products of bfloat16 numbers that are summed in float32, in some shapes.
+WIDENS = jax.__version_info__ < (0, 8)
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
 
 
@@ -20,6 +22,7 @@ def contract(x: Float[Array, "*axes inner"], weight: Float[Array, "outer inner"]
     """
     wide = wider(x.dtype, weight.dtype)
     sums = wider(wide, jnp.float32)
+    wide = sums if WIDENS else wide
     last = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x.astype(wide), weight.astype(wide), last, preferred_element_type=sums)
 
