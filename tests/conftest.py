@@ -13,6 +13,7 @@ import pytest
 from beartype import BeartypeConf, BeartypeDecorPlace
 from beartype.claw import beartype_package
 
+from . import kept
 from .compiling import choose_quick
 from .full import FULL, in_turn
 
@@ -53,6 +54,10 @@ def pytest_collection_modifyitems(config, items):
     chosen = in_turn([name(item) for item in items])
     config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])
     items[:] = [item for item, runs in zip(items, chosen, strict=True) if runs]
+
+
+def pytest_sessionfinish():
+    kept.remove()
 
 
 @pytest.fixture(scope="module", autouse=True)

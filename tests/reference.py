@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import transformers
 from converters.families import FAMILIES
 from eqx_transformers import T5, MultipleChoice, SentenceEmbedder, T5Model
 
+from . import kept
 from .tiny import Row
 
 transformers.logging.set_verbosity_error()
@@ -116,7 +116,7 @@ def run(model: Any, row: Row, given: dict[str, np.ndarray]) -> Any:
 @functools.cache
 def reference(row: Row) -> Reference:
     """Made once a session for each row of the table."""
-    directory = Path(mkdtemp(prefix="reference-"))
+    directory = kept.directory("reference")
     model = make(row)
     save(model, row, directory)
     given = inputs(row)

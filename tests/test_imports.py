@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p.relative_to(ROOT) for name in ("eqx_transformers", "converters") for p in (ROOT / name).rglob("*.py"))
 # Heavy, optional, or both: imported by the function that needs them.
 LATE = {"torch", "transformers", "huggingface_hub", "tokenizers", "sentence_transformers", "peft", "beartype"}
-LATE |= {"matplotlib", "elementpath", "treescope"}
+LATE |= {"matplotlib", "elementpath", "treescope", "grain", "orbax"}
 
 
 class Import(NamedTuple):

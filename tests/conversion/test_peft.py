@@ -8,7 +8,6 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +28,7 @@ from eqx_transformers.surgery import leaves_by_path, select
 from eqx_transformers.surgery.adapters import add_adapter, set_adapters
 from eqx_transformers.surgery.lora import LoRA
 
+from .. import kept
 from ..reference import forward, inputs, make, run, save
 from ..tiny import Row
 
@@ -130,7 +130,7 @@ cases = pytest.mark.parametrize("name", CASES)
 
 @functools.cache
 def base(row: Row) -> Path:
-    return save(make(row), row, Path(mkdtemp(prefix="base-")))
+    return save(make(row), row, kept.directory("base"))
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def made(name: str) -> tuple[Path, np.ndarray]:
     """The directory that PEFT writes of a case, and the logits that its model gives."""
     case = CASES[name]
     model = theirs(case.row, case.options, case.kind)
-    return written(model, Path(mkdtemp(prefix="adapter-"))), logits(model, case.row)
+    return written(model, kept.directory("adapter")), logits(model, case.row)
 
 
 def logits(model: Any, row: Row) -> np.ndarray:

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import equinox as eqx
@@ -21,6 +20,7 @@ from eqx_transformers import Encoder, MaskedLM
 from eqx_transformers.surgery import leaves_by_path
 from eqx_transformers.tensor_file import read_header
 
+from .. import kept
 from ..reference import make, reference, save
 from ..tiny import Row
 
@@ -30,7 +30,7 @@ BERT = Row("bert", Encoder, {"num_hidden_layers": 1})
 @functools.cache
 def recorded() -> Path:
     """A record of BERT's encoder with gradients, made once; the tests that spoil it copy it."""
-    path = Path(tempfile.mkdtemp(prefix="record-")) / "bert.record"
+    path = kept.directory("record") / "bert.record"
     assert converters.verify(reference(BERT).directory, gradients=True, record=path).passed
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return path
@@ -91,7 +91,7 @@ def unused_row() -> int:
 
 
 def another_seed():
-    directory = Path(tempfile.mkdtemp(prefix="reference-"))
+    directory = kept.directory("reference")
     return converters.load(save(make(BERT, seed=1), BERT, directory))
 
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import equinox as eqx
@@ -19,6 +18,7 @@ from converters.noise import Exact, Noise
 from eqx_transformers import Encoder, MaskedLM, save as save_native
 from eqx_transformers.nn import LayerNorm
 
+from .. import kept
 from ..reference import reference
 from ..tiny import Row
 from .writers import write_flax
@@ -32,7 +32,7 @@ BERT, ROBERTA = Row("bert", Encoder), Row("roberta", MaskedLM)
 @functools.cache
 def half(row):
     """(what verification found in bfloat16, its record), made once."""
-    path = Path(tempfile.mkdtemp(prefix="record-")) / row.id
+    path = kept.directory("record") / row.id
     return converters.verify(reference(row).directory, dtype="bfloat16", record=path), path
 
 

@@ -5,8 +5,6 @@ Matrices are drawn large, so that what follows depends on what stands before, an
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,8 @@ import torch
 import transformers
 
 import converters
+
+from .. import kept
 
 VOCAB, ROOM, PAD = 61, 41, 1
 ENDS = [2, 7, 11]
@@ -53,7 +53,7 @@ def twins(name: str) -> Twins:
     config = CONFIGS[name]()
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").eval()
-    directory = Path(mkdtemp(prefix="generation-"))
+    directory = kept.directory("generation")
     model.save_pretrained(directory)
     ours, _ = converters.load(directory)
     return Twins(model, ours)

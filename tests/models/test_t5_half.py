@@ -6,7 +6,6 @@ do in trained T5s. transformers cuts off what a sub-layer gives; within one, wha
 
 import copy
 import functools
-from tempfile import mkdtemp
 
 import equinox as eqx
 import jax
@@ -19,6 +18,7 @@ import transformers
 import converters
 from eqx_transformers.nn import Mask
 
+from .. import kept
 from ..reference import run
 from ..tiny import GATED
 
@@ -53,7 +53,7 @@ def there(name, scales):
         scores = run(model, GATED, GIVEN).numpy()
     for hook in hooks:
         hook.remove()
-    directory = mkdtemp(prefix="half-")
+    directory = kept.directory("half")
     model.save_pretrained(directory)
     return directory, model, scores, max(before), max(after)
 
