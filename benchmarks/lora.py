@@ -3,6 +3,8 @@
 `python -m benchmarks.lora`: a classifier of RoBERTa-base's shape with random weights (the same in torch), rank 8
 on queries and values, the classifier trained whole, AdamW, float32, no dropout. *state* is the optimizer's. *memory* is
 what the compiled step needs beside the model: temporaries, results that take no argument's place, and the state.
+*products* is what the matrix products of the blocks' layers alone take, each of them compiled by itself: of a step with
+LoRA those of the outputs and of the inputs' gradients, of the full step those of the matrices' gradients too.
 """
 
 import argparse
@@ -53,11 +55,17 @@ def main() -> None:
         "torch LoRA": theirs(with_peft(reference), ids, labels),
     }
     firsts = {name: seconds(run.call) for name, run in runs.items()}
-    times = medians(interleaved({name: run.call for name, run in runs.items()}, args.rounds))
+    floors = {name: products(model, batch, length, full=name == "full") for name in ("full", "LoRA")}
+    calls = {name: run.call for name, run in runs.items()} | {f"products {name}": f for name, f in floors.items()}
+    times = medians(interleaved(calls, args.rounds))
     print(table(["", "ms", "state MB", "memory MB", "trained", "compile s", "first s"], rows(runs, times, firsts)))
     over = lambda a, b: f"{times[a] / times[b]:.2f}"
     print(f"LoRA / full: ours {over('ours LoRA', 'ours full')}, torch {over('torch LoRA', 'torch full')}")
     print(f"torch / ours: full {over('torch full', 'ours full')}, LoRA {over('torch LoRA', 'ours LoRA')}")
+    for name in floors:
+        alone = f"products {name}"
+        print(f"{alone}: {times[alone] * 1e3:.0f} ms; ours / products {over(f'ours {name}', alone)},", end=" ")
+        print(f"torch / products {over(f'torch {name}', alone)}")
 
 
 def rows(runs: dict[str, Run], times: dict[str, float], firsts: dict[str, float]) -> list[list[str]]:
@@ -136,6 +144,24 @@ def ours(model: Any, trains: Any, ids: np.ndarray, labels: np.ndarray) -> Run:
         return value
 
     return Run(call, size, size + beside(box[0]), compile_s, count(trained))
+
+
+def products(model: Any, batch: int, length: int, *, full: bool) -> Callable[[], Any]:
+    """The products of a step's dense layers, one after another, each by itself."""
+    layers = select("Linear", under="backbone.stack").get(model)
+    widths = {n for layer in layers for n in layer.weight.shape}
+    rng = np.random.default_rng(0)
+    rows = {n: jnp.asarray(rng.standard_normal((batch, length, n), dtype=np.float32)) for n in widths}
+    product = lambda a, b: jax.jit(lambda x, y: jax.lax.dot_general(x, y, ((a, b), ((), ()))))
+    forward, backward, matrix = product((2,), (1,)), product((2,), (0,)), product((0, 1), (0, 1))
+
+    def call() -> None:
+        for weight in (layer.weight for layer in layers):
+            outer, inner = (rows[n] for n in weight.shape)
+            found = [forward(inner, weight), backward(outer, weight)]
+            jax.block_until_ready([*found, matrix(outer, inner)] if full else found)
+
+    return call
 
 
 def beside(program: Any) -> int:
