@@ -5,6 +5,7 @@ inside of expressions and files have no shapes in their signatures, and small fu
 thousand: beartype's own hook checks their types at a tenth of the cost.
 """
 
+import gc
 from pathlib import Path
 
 import jax
@@ -37,6 +38,8 @@ jaxtyping.install_import_hook(others(), "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tiny models cost their compilation and nothing else. Real weights run with everything on: `make run`, `benchmarks/`.
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes millions of objects, of which most live on: to look for garbage every 700 is a tenth of the suite.
+gc.set_threshold(50_000, 20, 10)
 
 
 def pytest_configure(config):
