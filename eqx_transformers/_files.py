@@ -6,8 +6,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ._swap import flush, swap
+
+
+class Kind(NamedTuple):
+    """What a directory holds, as messages say it, and the file that it is known by."""
+
+    said: str
+    mark: str
+
+
+MODEL = Kind("a model", "config.json")
 
 
 @contextmanager
@@ -16,18 +27,19 @@ def replacing(
     *,
     stale: Iterable[str] = (),
     replaceable: Callable[[Path], bool] = lambda _: True,
+    kind: Kind = MODEL,
 ) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its place when the block ends without an error.
 
-    Files of an earlier model there that were not written anew stay, but for those that match the globs `stale`.
+    Files of an earlier one there that were not written anew stay, but for those that match the globs `stale`.
     The two change places in one step, so that at every moment, even if the process is killed, `directory` is the old
     one or the new one (`_swap.swap` says where no system can promise it). A link is followed. Raises a
-    `FileExistsError` when `directory` is a file, or holds something that is not a model (a directory without
-    `config.json`), or not a `replaceable` one: nobody's data is swept away by a wrong path. An `OSError` of the disk
-    names the directory, where it names no file.
+    `FileExistsError` when `directory` is a file, or holds something that is not of this `kind` (a
+    directory without its mark), or not a `replaceable` one: nobody's data is swept away by a wrong path. An `OSError`
+    of the disk names the directory, where it names no file.
     """
     target = Path(os.path.realpath(directory))
-    expect_replaceable(target, replaceable)
+    expect_replaceable(target, replaceable, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     fresh.mkdir()
@@ -45,17 +57,17 @@ def replacing(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambda _: True) -> None:
+def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambda _: True, kind: Kind = MODEL) -> None:
     """Raises the `FileExistsError` of `replacing`: for those who want to know before the work."""
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a model is written as a directory. Choose another name.")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise FileExistsError(f"{target} is a file; {kind.said} is written as a directory. Choose another name.")
+    if target.is_dir() and any(target.iterdir()) and not (target / kind.mark).is_file():
         found = ", ".join(sorted(p.name for p in target.iterdir())[:4])
         raise FileExistsError(
-            f"{target} exists and is not a model directory (it has no config.json; it has {found}, …)."
+            f"{target} exists and is not {kind.said} directory (it has no {kind.mark}; it has {found}, …)."
             " Choose a new or empty directory."
         )
-    if (target / "config.json").is_file() and not replaceable(target):
+    if (target / kind.mark).is_file() and not replaceable(target):
         raise FileExistsError(
             f"{target} holds a model in another format, which would be lost. Choose another directory."
         )

@@ -29,7 +29,6 @@ from .targets import matched
 from .tree import Tree
 
 Get = Callable[[str], np.ndarray]
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load(model: Any, directory: str | os.PathLike[str], origin: Origin | None = None, *, name: str = "default") -> Any:
@@ -98,9 +97,11 @@ def _expect_new(tree: Tree, asked: Settings, name: str) -> None:
 
 
 def _weights(directory: Path) -> Path:
-    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    path = next((directory / name for name in options.WEIGHTS if (directory / name).is_file()), None)
     if path is None:
-        raise SourceNotFound(f"{directory} has an {options.CONFIG}, but no {' or '.join(WEIGHTS)} with its numbers.")
+        raise SourceNotFound(
+            f"{directory} has an {options.CONFIG}, but no {' or '.join(options.WEIGHTS)} with its numbers."
+        )
     return path
 
 

@@ -11,6 +11,7 @@ from ..files import read_json
 from .targets import Names
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first is written
 
 # Options that say where an adapter came from, how it began, or how it is run, but not what it computes.
 IRRELEVANT = {

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from eqx_transformers import T5, CausalLM, tensor_file
+from eqx_transformers._files import MODEL, Kind, expect_replaceable, replacing
 from eqx_transformers.surgery.ia3 import IA3
 from eqx_transformers.surgery.lora import LoRA, LowRank
 from eqx_transformers.surgery.merging import expect_unmerged
@@ -19,7 +20,6 @@ from eqx_transformers.surgery.merging import expect_unmerged
 from ..errors import ConversionError
 from ..origin import Origin
 from . import settings as options
-from .directory import expect_replaceable, replacing
 from .expected import PREFIX, ends
 from .factors import Factors, alphas, join
 from .modules import Modules, Site
@@ -29,7 +29,7 @@ from .tree import Tree
 from .vectors import ia3
 from .whole import parameters, saved_modules
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER = Kind("an adapter", options.CONFIG)
 Tensors = dict[str, np.ndarray]
 
 
@@ -64,7 +64,7 @@ def save(
     """
     modules_to_save = (modules_to_save,) if isinstance(modules_to_save, str) else modules_to_save
     target = Path(os.path.realpath(directory))
-    expect_replaceable(target)
+    expect_replaceable(target, _has_no_model, ADAPTER)
     expect_unmerged(model, "peft.save")
     if bias not in ("none", "all", "lora_only"):
         raise ConversionError(f"bias = {bias!r} is not one of none, all, lora_only.")
@@ -86,10 +86,14 @@ def save(
 def _write(target: Path, fields: Mapping[str, Any], tensors: Tensors) -> None:
     named = {PREFIX + key: x for key, x in sorted(tensors.items())}
     specs = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in named.items()}
-    with replacing(target) as fresh:
+    with replacing(target, stale=["adapter_*"], replaceable=_has_no_model, kind=ADAPTER) as fresh:
         text = json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
         (fresh / options.CONFIG).write_text(text, encoding="utf-8")
-        tensor_file.write(fresh / WEIGHTS, specs, named.__getitem__, {"format": "pt"})
+        tensor_file.write(fresh / options.WEIGHTS[0], specs, named.__getitem__, {"format": "pt"})
+
+
+def _has_no_model(directory: Path) -> bool:
+    return not (directory / MODEL.mark).exists()
 
 
 def _is_ia3(tree: Tree, name: str | None) -> bool:

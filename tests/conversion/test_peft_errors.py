@@ -277,7 +277,7 @@ def test_tables_and_vectors_that_peft_has_not(tmp_path):
 
 
 def test_nothing_else_is_overwritten(tmp_path):
-    with pytest.raises(FileExistsError, match="no adapter's directory"):
+    with pytest.raises(FileExistsError, match="not an adapter directory"):
         peft.save(loaded("plain"), base(ROBERTA))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
