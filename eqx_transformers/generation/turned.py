@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..nn import Attention, Embedding, Linear, MemoryCache
-from ..nn._dtypes import wider
 from ..nn._errors import expect_last_axis
+from ..nn.linear import contract
 
 Tree = TypeVar("Tree")
 FEWEST, MOST = 2, 32  # rows between which it pays
@@ -40,11 +40,7 @@ class Turned(eqx.Module):
 
     def contract(self, x: Float[Array, "*axes inner"]) -> Float[Array, "*axes outer"]:
         """What `nn.linear.contract` computes with the matrix itself."""
-        wide = wider(x.dtype, self.weight.dtype)
-        axes = (((x.ndim - 1,), (0,)), ((), ()))
-        sums = wider(wide, jnp.float32)
-        y = jax.lax.dot_general(x.astype(wide), self.weight.astype(wide), axes, preferred_element_type=sums)
-        return y[..., : self.size]
+        return contract(x, self.weight, axis=0)[..., : self.size]
 
 
 class TurnedLinear(eqx.Module):

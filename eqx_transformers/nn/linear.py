@@ -14,17 +14,20 @@ WIDENS = jax.__version_info__ < (0, 8)
 fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
 
 
-def contract(x: Float[Array, "*axes inner"], weight: Float[Array, "outer inner"]) -> Float[Array, "*axes outer"]:
+def contract(
+    x: Float[Array, "*axes inner"], weight: Float[Array, "rows columns"], axis: int = -1
+) -> Float[Array, "*axes outer"]:
     """x Wᵀ in the wider of both dtypes; products of half-precision numbers are summed, and returned, in float32.
 
+    `axis` of the weight is summed over: with 0 it is x W, for a matrix that is stored the other way round.
     One `dot_general` over the last axes: inside a model this spelling lets XLA run dense layers at the speed of their
     matrix products alone (`benchmarks/forward.py`), where `x @ W.T` and a `vmap` over tokens do not.
     """
     wide = wider(x.dtype, weight.dtype)
     sums = wider(wide, jnp.float32)
     wide = sums if WIDENS else wide
-    last = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x.astype(wide), weight.astype(wide), last, preferred_element_type=sums)
+    axes = (((x.ndim - 1,), (axis % weight.ndim,)), ((), ()))
+    return jax.lax.dot_general(x.astype(wide), weight.astype(wide), axes, preferred_element_type=sums)
 
 
 class Linear(eqx.Module):
