@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories, and files, that appear whole or not at all."""
 
 import os
 import secrets
@@ -19,6 +19,19 @@ class Kind(NamedTuple):
 
 
 MODEL = Kind("a model", "config.json")
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` for a file that takes its place when the block ends without an error; folders are made."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        yield fresh
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -71,6 +84,20 @@ def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambd
         raise FileExistsError(
             f"{target} holds a model in another format, which would be lost. Choose another directory."
         )
+
+
+def written(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file that is the old one or the new one at every moment, even if the process is killed."""
+    target = Path(os.path.realpath(path))
+    fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        with open(fresh, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _keep_the_rest(old: Path, fresh: Path, stale: tuple[str, ...]) -> None:
