@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath, SequenceKey
 
+from .freeze import trainable
 from .ia3 import IA3
 from .lora import LoRA
 from .merging import expect_unmerged
@@ -39,12 +39,7 @@ def adapter_mask(model: Any, *, bias: Bias = "none", also: Selection | None = No
     is_bias = lambda path: path in adapted or (bias == "all" and path[-1:] == (GetAttrKey("bias"),))
     keep = lambda path, leaf, label: label != FROZEN or (is_array_like(leaf) and is_bias(path))
     mask = jax.tree_util.tree_map_with_path(keep, model, labels)
-    if also is None:
-        return mask
-    learns = lambda chosen, x: (
-        chosen and jnp.issubdtype(x.dtype, jnp.inexact)
-    )  # not salts, nor whole numbers of weights
-    return jax.tree.map(operator.or_, mask, jax.tree.map(learns, also.mask(model), model))
+    return mask if also is None else jax.tree.map(operator.or_, mask, trainable(also, model))
 
 
 def adapter_labels(model: Any, *, name: str | None = None) -> Any:

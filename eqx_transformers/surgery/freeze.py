@@ -23,10 +23,15 @@ def partition(model: Model, selection: Selection) -> tuple[Model, Model]:
     Trainable are floating-point and complex arrays alone: of a quantized layer its scales and bias. `eqx.combine` joins
     both; `eqx.filter_grad` and an optimizer see the first. Raises a `ValueError` where nothing would be trained.
     """
-    trained = jax.tree.map(lambda chosen, leaf: chosen and _is_inexact(leaf), selection.mask(model), model)
+    trained = trainable(selection, model)
     if not any(jax.tree.leaves(trained)):
         raise ValueError(f"{selection}: there are no floating-point arrays in what it selects, so nothing to train.")
     return eqx.partition(model, trained)
+
+
+def trainable(selection: Selection, model: Any) -> Any:
+    """A tree of bools: which leaves at or below the selected nodes can be trained; no salts, and no whole numbers."""
+    return jax.tree.map(lambda chosen, leaf: chosen and _is_inexact(leaf), selection.mask(model), model)
 
 
 def labels(model: Any, selections: Mapping[str, Selection], default: str = "frozen") -> Any:
