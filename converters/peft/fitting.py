@@ -1,6 +1,7 @@
 """Whether an adapter fits a model: all that is missing, unexpected or of another shape, and what is behind it."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from eqx_transformers.tensor_file import Spec
 from ..errors import ConversionError, Mismatch
 from ..origin import Origin
 from ..report import Report, nearest
-from .expected import FACTORS, PREFIX, Layer, Shape, is_extra, parameter_of, wanted
+from .expected import FACTORS, PREFIX, Layer, Shape, ends, is_extra, parameter_of, wanted
 from .modules import WEIGHT, Modules
 from .settings import Settings
 
@@ -38,7 +39,7 @@ def expect_fit(offer: Offer, shape_of: Callable[[str], Shape], model: Any, origi
     if missing or stray or wrong:
         known = [PREFIX + name for name in {*need, *offer.modules.sites, *offer.modules.ties}]
         unexpected = {_shown(name): nearest(_shown(name), known) for name in stray}
-        causes = tuple(_causes(offer, wrong, model, origin))
+        causes = tuple(_causes(offer, need, wrong, model, origin))
         of = f"{offer.settings.kind} of {offer.settings.model_class or offer.settings.base or 'a base without a name'}"
         name, size = type(model).__name__, len(offer.specs)
         report = Report(of, name, missing, unexpected, wrong, num_tensors=size, causes=causes)
@@ -82,7 +83,7 @@ def _message(where: str, report: Report) -> str:
     return "\n".join(lines)
 
 
-def _causes(offer: Offer, wrong: Shapes, model: Any, origin: Origin | None) -> Iterator[str]:
+def _causes(offer: Offer, need: Iterable[str], wrong: Shapes, model: Any, origin: Origin | None) -> Iterator[str]:
     if any(name.startswith("?") for name in offer.specs):
         yield f"PEFT's tensors begin with {PREFIX!r}; these are of another program, or of a part of a model."
     tables = [key for key in wrong if is_parameter(offer.modules, key.removeprefix(PREFIX))]
@@ -92,9 +93,12 @@ def _causes(offer: Offer, wrong: Shapes, model: Any, origin: Origin | None) -> I
             " the base first: reconfigure(model, grow, vocab_size=…), or load(…, labels=…)."
         )
     ours = {*offer.modules.sites, *(alias.removesuffix(WEIGHT) for alias in offer.modules.ties)}
-    theirs = list(dict.fromkeys(_module(name) for name in offer.specs if name.endswith(FACTORS)))
+    theirs = _modules(offer.specs)
     if theirs and not any(name in ours for name in theirs):
         yield _of_another(offer, theirs, ours, type(model).__name__, origin)
+    elif sizes := [*_widths(wrong), *_depths(theirs, _modules(need))]:
+        base = f", {offer.settings.base!r}" if offer.settings.base else ""
+        yield f"it is an adapter of another base{base}: {'; '.join(sizes)}.{_came(origin)}"
 
 
 def _of_another(offer: Offer, theirs: list[str], ours: set[str], model: str, origin: Origin | None) -> str:
@@ -106,11 +110,41 @@ def _of_another(offer: Offer, theirs: list[str], ours: set[str], model: str, ori
             " head that it was trained with (head=…)."
         )
     kind = f", a {offer.settings.model_class}" if offer.settings.model_class else ""
-    came = f" This model came from {origin.source!r}." if origin is not None else ""
     return (
         f"it is an adapter for another architecture: {', '.join(theirs[:3])}{', …' if len(theirs) > 3 else ''} do not"
-        f" exist here. Its base is {offer.settings.base!r}{kind}.{came}"
+        f" exist here. Its base is {offer.settings.base!r}{kind}.{_came(origin)}"
     )
+
+
+def _came(origin: Origin | None) -> str:
+    return "" if origin is None else f" This model came from {origin.source!r}."
+
+
+def _widths(wrong: Shapes) -> Iterator[str]:
+    """Of the first factor that is for a layer of another size, both sizes; not of one that has another rank."""
+    for name, shapes in wrong.items():
+        if name.endswith(FACTORS) and not name.endswith(ends(True)[0]):  # whose size is the vocabulary's
+            ours, theirs = (max(x) if name.endswith(".ia3_l") else x[name.endswith(ends(False)[0])] for x in shapes)
+            if ours != theirs:
+                yield f"{_module(name.removeprefix(PREFIX))} has {theirs} numbers there and {ours} here"
+                return
+
+
+def _depths(theirs: Iterable[str], needed: Iterable[str]) -> Iterator[str]:
+    """Where the last layer is another one: how many there are on both sides."""
+    ours = _counts(needed)
+    for stem, count in _counts(theirs).items():
+        if count != ours.get(stem, count):
+            yield f"{stem} has {count} layers there and {ours[stem]} here"
+
+
+def _counts(modules: Iterable[str]) -> dict[str, int]:
+    numbered = [found for name in modules if (found := re.match(r"(.*?)\.(\d+)\.", name))]
+    return {stem: 1 + max(int(x[2]) for x in numbered if x[1] == stem) for stem in sorted({x[1] for x in numbered})}
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(_module(name) for name in names if name.endswith(FACTORS)))
 
 
 def _module(name: str) -> str:

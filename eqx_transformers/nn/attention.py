@@ -99,6 +99,18 @@ class Attention(eqx.Module):
         self.window = window
         self.empty = empty
 
+    def __check_init__(self):
+        """Also where the numbers of heads were changed. A projection that does not say its width is let pass."""
+        counts = {"query": self.num_heads, "key": self.num_kv_heads, "value": self.num_kv_heads}
+        wide = {name: getattr(getattr(self, f"{name}_proj"), "out_features", 0) for name in counts}
+        for name, count in counts.items():
+            if count < 1 or wide[name] % count:
+                of = f"num_heads = {count}" if name == "query" else f"num_kv_heads = {count}"
+                raise ValueError(f"Attention: the {wide[name]} features of {name}_proj are not a multiple of {of}.")
+        query, key = (wide[name] // counts[name] for name in ("query", "key"))
+        if 0 < query != key > 0:
+            raise ValueError(f"Attention: a head's queries are {query} wide and its keys {key}; both must be equal.")
+
     def __call__(
         self,
         x: Float[Array, "*axes seq embed_dim"],

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters import ConversionError, MalformedCheckpoint, Mismatch, SourceNotFound, UnsupportedConfig, peft
-from eqx_transformers import GPT2, SequenceClassifier, Transformer, TransformerConfig, stack
+from eqx_transformers import GPT2, MaskedLM, SequenceClassifier, Transformer, TransformerConfig, stack
+from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery import LoRA, duplicate, remove, select
 from eqx_transformers.surgery.adapters import add_adapter
 from eqx_transformers.surgery.ia3 import IA3
@@ -164,6 +166,16 @@ def test_another_number_of_labels_is_told():
     said = refused(Mismatch, made("rslora and a head")[0], Row("bert", SequenceClassifier))
     assert "the vocabulary or the labels were resized to 5" in said
     assert "classifier.weight: expected [2, 21], found [5, 21]" in said
+
+
+def test_another_width_and_depth_are_told_with_both_sizes():
+    config = plain(ROBERTA)[0].config
+    for depth in (1, 3):
+        other = skeleton(MaskedLM, replace(config, num_layers=depth, embed_dim=24))
+        with pytest.raises(Mismatch) as caught:
+            peft.load(other, made("plain")[0])
+        assert f"roberta.encoder.layer has 2 layers there and {depth} here." in str(caught.value)
+        assert re.search(r"of another base: .*self\.\w+ has 21 numbers there and 24 here; ", str(caught.value))
 
 
 def test_a_file_without_tensors(tmp_path):

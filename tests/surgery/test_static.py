@@ -122,6 +122,9 @@ ERRORS = [
     (("stack.blocks.2", {"eps": 1}), ValueError, "There is no node at 'stack.blocks.2'"),
     (("stack.blocks.0.attention_norm", {"eps": jnp.ones(())}), TypeError, "eps is an array or holds one"),
     (("stack.blocks.0.attention_norm", {"eps": (1, np.ones(2))}), TypeError, "eps is an array or holds one"),
+    (("stack.blocks.0.attention", {"num_heads": 5}), ValueError, "21 features of query_proj are not a"),
+    (("stack.blocks.0.attention", {"num_kv_heads": 2}), ValueError, "of key_proj are not a multiple of num_kv"),
+    (("stack.blocks.0.attention", {"num_heads": 7}), ValueError, "queries are 3 wide and its keys 7; both must be"),
     (("stack.blocks.0.attention_norm", {"eps": [1]}), TypeError, "eps = [1] has no hash"),
 ]
 
