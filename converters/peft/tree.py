@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from eqx_transformers.surgery._bases import dense
+from eqx_transformers.surgery._bases import dense, unwrapped
 from eqx_transformers.surgery.ia3 import IA3
 from eqx_transformers.surgery.lora import LoRA
 from eqx_transformers.surgery.paths import at, is_array_like, nodes, spell
@@ -56,9 +56,7 @@ class Tree:
 
     def matrix(self, path: str, layer: int | None) -> np.ndarray:
         """That of the plain layer at a path, or of one of stacked layers, in float32."""
-        node = self[path]
-        while isinstance(node, Wrapper):
-            node = node.base
+        node = unwrapped(self[path])
         one = node if layer is None else jax.tree.map(lambda x: x[layer] if is_array_like(x) else x, node)
         return np.asarray(dense(one).astype(jnp.float32))
 

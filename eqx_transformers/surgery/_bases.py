@@ -32,6 +32,13 @@ class AbstractWrapper(eqx.Module):
         return self.base.embed_dim
 
 
+def unwrapped(node: Any) -> Any:
+    """The layer in whose place adapters stand."""
+    while isinstance(node, AbstractWrapper):
+        node = node.base
+    return node
+
+
 def is_table(node: Any) -> bool:
     """Whether ids go in: it has `vocab_size`, `embed_dim` and `attend`, as an `Embedding` has."""
     return all(hasattr(node, name) for name in ("vocab_size", "embed_dim", "attend"))

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..nn import Stack
 from ..nn._dtypes import wider
-from ._bases import AbstractWrapper
+from ._bases import unwrapped
 from .paths import children, is_array_like, leaves_by_path, spell
 from .select import Selection
 
@@ -186,8 +186,7 @@ def _is_norm(node: Any) -> bool:
 
 
 def _is_table(node: Any) -> bool:
-    while isinstance(node, AbstractWrapper):
-        node = node.base
+    node = unwrapped(node)
     return isinstance(node, eqx.Module) and (isinstance(node, eqx.nn.Embedding) or hasattr(type(node), "attend"))
 
 
