@@ -106,9 +106,11 @@ def _run(args: argparse.Namespace, said: dict[str, Any]) -> int:
 
 def _with_adapter(args: argparse.Namespace, model: Any, origin: Origin) -> Any:
     """What is written: the adapter merged into the base, or the base, to which it has been found to belong."""
-    adapted = peft.adapted(model, origin, args.adapter, merge=args.merge)
+    if args.merge or not args.verify:  # the verification has loaded it
+        adapted = peft.adapted(model, origin, args.adapter, merge=args.merge)
+        model = adapted if args.merge else model
     _print(args, f"{args.adapter} {'is merged into it' if args.merge else 'belongs to it'}")
-    return adapted if args.merge else model
+    return model
 
 
 def _scanned(args: argparse.Namespace, said: dict[str, Any]) -> bool:
