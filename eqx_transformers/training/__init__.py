@@ -1,5 +1,10 @@
-"""Training: losses, and what is built on them."""
+"""Training: losses and objectives, steps, data, checkpoints, and the loop around them; `recipes/` are applications."""
 
+from ._signals import Interrupted as Interrupted
+from .callbacks import Callback as Callback, EarlyStop as EarlyStop, to_run as to_run
+from .checkpoint import CheckpointError as CheckpointError, Checkpoints as Checkpoints, Restored as Restored
+from .history import History as History, Log as Log, plot_curves as plot_curves
+from .loop import Fitted as Fitted, NotFinite as NotFinite, fit as fit
 from .losses import (
     chunked_cross_entropy as chunked_cross_entropy,
     cross_entropy as cross_entropy,
@@ -7,7 +12,21 @@ from .losses import (
     next_token_loss as next_token_loss,
     next_tokens as next_tokens,
 )
-from .optimizers import adam_uncorrected as adam_uncorrected
+from .objectives import (
+    autoencoder_loss as autoencoder_loss,
+    classification_loss as classification_loss,
+    contrastive_loss as contrastive_loss,
+    language_model_loss as language_model_loss,
+    masked_lm_loss as masked_lm_loss,
+    sequence_to_sequence_loss as sequence_to_sequence_loss,
+)
+from .optimizers import adam_uncorrected as adam_uncorrected, adamw as adamw
+from .originals import (
+    functional_transformer as functional_transformer,
+    haiku_tutorial as haiku_tutorial,
+    roberta_article as roberta_article,
+    roberta_scale as roberta_scale,
+)
 from .regularisers import (
     RBF as RBF,
     AbstractKernel as AbstractKernel,
@@ -19,3 +38,9 @@ from .regularisers import (
     reconstruction_loss as reconstruction_loss,
     reparameterised as reparameterised,
 )
+from .schedules import (
+    warmup_cosine as warmup_cosine,
+    warmup_linear as warmup_linear,
+    warmup_steps as warmup_steps,
+)
+from .updater import TrainState as TrainState, Updater as Updater, compiled as compiled

@@ -1,12 +1,33 @@
-"""Optimizers of the original systems that optax does not have."""
+"""Optimizers that optax does not have: AdamW that knows what decays, and that of the functional transformer."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
+
+from ..surgery import decay_mask
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: int | float = 0.01,
+    b1: int | float = 0.9,
+    b2: int | float = 0.999,
+    eps: int | float = 1e-8,
+    decays: Callable[[Any], Any] = decay_mask,
+) -> optax.GradientTransformation:
+    r"""AdamW: $\theta \leftarrow \theta - \eta (\hat m / (\sqrt{\hat v} + \epsilon) + \lambda \theta)$, as torch's.
+
+    Of `weight_decay` $\lambda$, biases and the parameters of norms have none, as in transformers' trainer. `decays`
+    gives the tree of bools that says so: `functools.partial(decay_mask, exclude=...)` excludes others, `lambda params:
+    True` nothing. Source: Loshchilov & Hutter 2017, arXiv:1711.05101.
+    """
+    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays)
 
 
 class AdamState(NamedTuple):

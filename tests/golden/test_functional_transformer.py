@@ -15,6 +15,8 @@ from converters import arrays as from_file
 from eqx_transformers import CausalLM, FunctionalTransformer
 from eqx_transformers.nn import Mask
 from eqx_transformers.training import adam_uncorrected, cross_entropy
+from eqx_transformers.training.originals import functional_transformer
+from eqx_transformers.training.updater import Updater
 
 from .folder import (
     FORWARD,
@@ -35,8 +37,8 @@ from .initial import drawn, expect_law, expect_same_distribution, initial
 
 HERE, FORMAT = folder("functional_transformer"), "functional-transformer"
 PLACES = sorted(path.parent for path in HERE.glob("*/config.json"))
-# The options of its command line that were used, and its constant.
-LEARNING_RATE, B1, B2, EPS = 0.001, 0.9, 0.99, 1e-16
+# The options of its command line that were used.
+LEARNING_RATE, B1, B2 = 0.001, 0.9, 0.99
 
 
 def every(*holding):
@@ -111,22 +113,25 @@ def test_golden_functional_transformer_gradients(path):
     assert not np.any(gradient.backbone.embedding.positions.weight[tokens.shape[1] :])
 
 
+def batch_loss(model, batch):
+    """The mean of every sequence's loss."""
+    return jax.vmap(lambda row: loss_of(model(row), row))(batch["tokens"]).mean()
+
+
 def updated(model, optimiser, batches):
     """(model, loss before the step) after every step."""
-    state = optimiser.init(eqx.filter(model, eqx.is_array))
-    step = eqx.filter_jit(lambda gradient, state: optimiser.update(gradient, state))
+    updater = Updater(batch_loss, optimiser)
+    step, state = eqx.filter_jit(updater.update), updater.init(model, key=jax.random.key(0))
     for tokens in batches:
-        (loss, _), gradient = trained(model, tokens)
-        updates, state = step(gradient, state)
-        model = eqx.apply_updates(model, updates)
-        yield model, loss
+        state, metrics = step(state, {"tokens": tokens})
+        yield state.model, metrics["loss"]
 
 
 @pytest.mark.parametrize("path", those("adam_run.npz"))
 def test_golden_functional_transformer_adam(path):
     """Its own: epsilon beside the uncorrected root."""
     case, place, compared = arrays(path), path.parent, set()
-    run = updated(model_of(place), adam_uncorrected(LEARNING_RATE, B1, B2, EPS), case["tokens"])
+    run = updated(model_of(place), functional_transformer(LEARNING_RATE, b1=B1, b2=B2), case["tokens"])
     for i, (model, loss) in enumerate(run, start=1):
         close(loss, case["losses"][i - 1], FORWARD)
         if (wanted := place / f"adam_params_after{i}.npz").exists():
@@ -152,7 +157,7 @@ def links(place):
 @pytest.mark.parametrize("path", those("sgd_params_after*.npz"))
 def test_golden_functional_transformer_sgd(path):
     steps = int(re.findall(r"\d+", path.stem)[-1])
-    run = updated(model_of(path.parent), optax.sgd(LEARNING_RATE), batches(path)[:steps])
+    run = updated(model_of(path.parent), functional_transformer(LEARNING_RATE, method="sgd"), batches(path)[:steps])
     close_partly([model for model, _ in run][-1], path.parent, arrays(path))
 
 
@@ -160,7 +165,7 @@ def test_golden_functional_transformer_sgd(path):
 def test_golden_functional_transformer_ancestor_clips_each_number(path):
     """To [-1, 1]. These gradients are smaller, so the clipping itself is tested on others."""
     case, steps = arrays(path), int(re.findall(r"\d+", path.stem)[-1])
-    optimiser = optax.chain(optax.clip(1.0), adam_uncorrected(LEARNING_RATE, B1, B2, EPS))
+    optimiser = functional_transformer(LEARNING_RATE, b1=B1, b2=B2, clip=1.0)
     models, losses = zip(*updated(model_of(path.parent), optimiser, batches(path)[:steps]), strict=True)
     close(losses, case.pop("losses"), FORWARD)
     close_partly(models[-1], path.parent, case)

@@ -18,6 +18,9 @@ from converters import arrays as from_file
 from eqx_transformers import Encoder, MaskedLM, SequenceClassifier, reconfigure
 from eqx_transformers.nn import Mask
 from eqx_transformers.skeletons import skeleton
+from eqx_transformers.training.objectives import classification_loss
+from eqx_transformers.training.originals import roberta_article, roberta_scale
+from eqx_transformers.training.updater import Updater, compiled
 
 from .folder import (
     FORWARD,
@@ -188,42 +191,31 @@ def test_golden_roberta_haiku_recorded_dropout(path):
         close(eqx.filter_jit(dropped)(ids, key=jax.random.key(0)), case["logits"][row], FORWARD)
 
 
-def schedule(total, warmup):
-    """Linear up to `warmup` (a part of all steps), times a linear way down from the first step on."""
-
-    def scale(step):
-        progress = step / total
-        return jnp.where(progress <= warmup, progress / warmup, 1.0) * (1 - progress)
-
-    return scale
-
-
 @pytest.mark.parametrize("path", cases(HERE, "losses", "total_steps"))
 def test_golden_roberta_haiku_optimizer_steps(path):
     case = arrays(path)
-    scale = schedule(float(case["total_steps"]), float(case["warmup"]))
-    # In the original's configuration this clipping is `max_grad_norm`.
-    clip = optax.clip_by_global_norm(config(HERE)["max_grad_norm"])
-    optimiser = optax.chain(clip, optax.adam(float(case["lr"])), optax.scale_by_schedule(scale))
-    model = eqx.nn.inference_mode(classifier())
-    state = optimiser.init(eqx.filter(model, eqx.is_array))
+    total, warmup = float(case["total_steps"]), float(case["warmup"])
+    scale = roberta_scale(total, warmup)
     close([scale(i) for i in range(len(case["scale_at_step"]))], case["scale_at_step"], 1e-6)
+    # In the original's configuration this clipping is `max_grad_norm`.
+    clip = config(HERE)["max_grad_norm"]
+    optimizer = roberta_article(float(case["lr"]), total, warmup=warmup, max_grad_norm=clip)
+    updater = Updater(classification_loss, optimizer)
+    state, step = updater.init(eqx.nn.inference_mode(classifier()), key=jax.random.key(0)), compiled(updater)
     for i, (ids, labels) in enumerate(zip(case["token_ids"], case["labels"], strict=True)):
-        (loss, _), gradient = loss_and_gradient(model, ids, labels)
-        close(loss, case["losses"][i], FORWARD)
-        close(norm(gradient), case["grad_norms"][i], SUMS)
-        updates, state = optimiser.update(gradient, state, eqx.filter(model, eqx.is_array))
-        model = eqx.apply_updates(model, updates)
+        state, metrics = step(state, {"token_ids": ids, "labels": labels})
+        close(metrics["loss"], case["losses"][i], FORWARD)
+        close(metrics["gradient_norm"], case["grad_norms"][i], SUMS)
     after = sorted(path.parent.glob(f"{path.stem}_params_after*.npz"))
     assert after and all(int(re.findall(r"\d+", p.stem)[-1]) == len(case["losses"]) for p in after)
     for wanted in after:
-        close_parameters(model, read(arrays(wanted)))
+        close_parameters(state.model, read(arrays(wanted)))
 
 
 @pytest.mark.parametrize("path", cases(HERE, "scale", "steps"))
 def test_golden_roberta_haiku_schedule(path):
     case = arrays(path)
-    close(jax.vmap(schedule(31250.0, 0.1))(case["steps"].astype(np.float32)), case["scale"], 1e-6)
+    close(jax.vmap(roberta_scale(31250.0, 0.1))(case["steps"].astype(np.float32)), case["scale"], 1e-6)
 
 
 @pytest.mark.parametrize("path", cases(HERE, "hf_last_hidden_state"))
