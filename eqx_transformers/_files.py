@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ._swap import flush, swap
+from ._swap import flush, flush_path, swap
 
 
 class Kind(NamedTuple):
@@ -29,9 +29,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         yield fresh
+        flush_path(fresh)
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def written(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file that is the old one or the new one at every moment, even if the process is killed."""
+    with writing(path) as fresh:
+        fresh.write_bytes(content)
 
 
 @contextmanager
@@ -84,20 +91,6 @@ def expect_replaceable(target: Path, replaceable: Callable[[Path], bool] = lambd
         raise FileExistsError(
             f"{target} holds a model in another format, which would be lost. Choose another directory."
         )
-
-
-def written(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file that is the old one or the new one at every moment, even if the process is killed."""
-    target = Path(os.path.realpath(path))
-    fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    try:
-        with open(fresh, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _keep_the_rest(old: Path, fresh: Path, stale: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ def swap(fresh: Path, target: Path) -> None:
         os.rename(fresh, target)
     elif not exchange(fresh, target):
         _in_two_steps(fresh, target)
-    _flush(target.parent)
+    flush_path(target.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -67,11 +67,11 @@ def flush(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
             if not os.path.islink(path := Path(folder, name)):
-                _flush(path)
-        _flush(Path(folder))
+                flush_path(path)
+        flush_path(Path(folder))
 
 
-def _flush(path: Path) -> None:
+def flush_path(path: Path) -> None:
     if os.name != "posix":  # elsewhere a directory cannot be opened, nor a file that is open for reading be flushed
         return
     descriptor = os.open(path, os.O_RDONLY)

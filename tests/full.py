@@ -135,6 +135,7 @@ EVERY = {
     "test_latents.test_gradients_are_finite_and_at_the_ends_those_of_the_ends": 3,
     "test_public.test_a_public_function_or_class_has_a_docstring": 1,
     "test_public.test_a_public_name_is_used_by_a_test": 1,
+    "training.test_text.test_bad_data_is_one_clear_error": 1,
     "training.test_losses.test_a_models_loss_is_that_of_its_logits_with_chunks_and_without": 2,
 }
 

@@ -1,8 +1,16 @@
 """Training: losses and objectives, steps, data, checkpoints, and the loop around them; `recipes/` are applications."""
 
 from ._signals import Interrupted as Interrupted
+from .batching import Buckets as Buckets
 from .callbacks import Callback as Callback, EarlyStop as EarlyStop, to_run as to_run
 from .checkpoint import CheckpointError as CheckpointError, Checkpoints as Checkpoints, Restored as Restored
+from .corruption import (
+    corrupt_batch as corrupt_batch,
+    corrupt_spans as corrupt_spans,
+    corrupted_lengths as corrupted_lengths,
+    mask_tokens as mask_tokens,
+)
+from .data import Batches as Batches, BatchIterator as BatchIterator
 from .history import History as History, Log as Log, plot_curves as plot_curves
 from .loop import Fitted as Fitted, NotFinite as NotFinite, fit as fit
 from .losses import (
@@ -27,6 +35,7 @@ from .originals import (
     roberta_article as roberta_article,
     roberta_scale as roberta_scale,
 )
+from .packing import Packed as Packed, Windows as Windows
 from .regularisers import (
     RBF as RBF,
     AbstractKernel as AbstractKernel,
@@ -43,4 +52,11 @@ from .schedules import (
     warmup_linear as warmup_linear,
     warmup_steps as warmup_steps,
 )
+from .text import DataError as DataError, Records as Records, read_text as read_text, read_texts as read_texts
+from .tokens import TokenizedTexts as TokenizedTexts, tokenize as tokenize
 from .updater import TrainState as TrainState, Updater as Updater, compiled as compiled
+from .vocabularies import (
+    load_tokenizer as load_tokenizer,
+    train_tokenizer as train_tokenizer,
+    word_starts as word_starts,
+)

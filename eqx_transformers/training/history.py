@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .._files import writing
 from ..pictures import COLOURS, SUFFIXES, _write
 
 Record = dict[str, Any]  # numbers
@@ -111,13 +111,9 @@ class Log:
             raise ValueError(f"{self.path} is not a log of training: {error!r}. Choose another file.") from error
 
     def _write_anew(self, records: Sequence[Mapping[str, Any]]) -> None:
-        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
         header = ",".join(self.columns) + "\n" if self.is_csv and self.columns else ""
-        try:
+        with writing(self.path) as fresh:
             fresh.write_text(header + "".join(map(self._line, records)), encoding="utf-8", newline="")
-            os.replace(fresh, self.path)
-        finally:
-            fresh.unlink(missing_ok=True)
 
 
 def _cell(value: Any) -> str:
