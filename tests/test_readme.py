@@ -1,26 +1,21 @@
 """The README's Python runs as it stands, on a small model under the name that it asks for."""
 
 import dataclasses
-import re
-from pathlib import Path
 
 import jax
 
 import converters
 from eqx_transformers import ROBERTA, MaskedLM
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from .examples import run_examples
 
 
 def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     small = dataclasses.replace(ROBERTA, embed_dim=21, num_heads=3, num_layers=4, mlp_dim=37)
     converters.export(MaskedLM(small, key=jax.random.key(0)), tmp_path / "FacebookAI" / "roberta-base")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 6 and names["embeddings"].shape == (3, 384)
+    count, names = run_examples("README.md")
+    assert count == 6 and names["embeddings"].shape == (3, 384)
     assert names["tokens"].shape == names["sampled"].shape == (2, 8)
     assert names["logits"].shape == (2, 2) and names["grown"].backbone.embedding.tokens.vocab_size == 50270
     assert names["calm"].config.dropout == 0.0 and (tmp_path / "my-model" / "config.json").is_file()

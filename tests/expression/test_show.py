@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from math import prod
-from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
 import equinox as eqx
@@ -17,6 +16,7 @@ import pytest
 from eqx_transformers import T5, CausalLM, MaskedLM
 from eqx_transformers.expression import NoMatch, trace
 
+from ..examples import ROOT, run_examples
 from ..models.ours import make
 from ..models.test_t5 import make as make_t5
 from .small import KEY, MODEL, MODELS, Feed, expect_bits, ids
@@ -344,12 +344,10 @@ def test_names_are_escaped_in_the_page():
 
 
 def test_the_examples_of_the_docs_run_in_order(capsys):
-    text = (Path(__file__).parents[2] / "docs" / "expression.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(block, names)
+    _, names = run_examples("docs/expression.md")
     rows = capsys.readouterr().out.splitlines()
-    printed = re.search(r"```\n(MaskedLM.*?)```", text, re.DOTALL).group(1).splitlines()
+    page = (ROOT / "docs/expression.md").read_text()
+    printed = re.search(r"```\n(MaskedLM.*?)```", page, re.DOTALL).group(1).splitlines()
     assert all(row in rows for row in printed if row.strip() != "…")
     expect_bits(names["logits"], names["model"](names["token_ids"]))
     assert names["found"].count == len(names["same"]) == 4 and names["attentions"] == names["same"]

@@ -1,23 +1,10 @@
 """The examples of docs/generation.md and docs/t5.md run as they stand."""
 
-import re
-from pathlib import Path
-from typing import Any
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def run(page: str) -> tuple[int, dict[str, Any]]:
-    """How many examples a page has, and what they leave behind."""
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    return len(blocks), names
+from ..examples import run_examples
 
 
 def test_the_examples_of_generation_run_in_order(capsys):
-    count, names = run("generation.md")
+    count, names = run_examples("docs/generation.md")
     assert count == 2
     assert names["best"].shape == names["sampled"].shape == (2, 8)
     assert names["found"].tokens.shape == (2, 3, 8)
@@ -26,7 +13,7 @@ def test_the_examples_of_generation_run_in_order(capsys):
 
 def test_the_examples_of_t5_run_in_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    count, names = run("t5.md")
+    count, names = run_examples("docs/t5.md")
     assert count == 2
     assert names["logits"].shape == (2, 3, 32128) and names["tokens"].shape == (2, 8)
     assert names["codes"].shape == (2, 1, 16) and names["between"].shape == (5, 1, 16)

@@ -1,8 +1,6 @@
 """Replacements with keys of their own, layers of stacked blocks, masks, skeletons; and the page of examples."""
 
 import re
-from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,6 +13,7 @@ from eqx_transformers import Encoder, nn, select, stack, unstack
 from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery import leaves_by_path
 
+from ..examples import run_examples
 from .test_patterns import ROOT
 from .test_select import FOUND, QUERIES_AND_VALUES, equal, every, model_of
 
@@ -204,17 +203,8 @@ def test_a_skeleton_is_selected_in_and_changed_as_its_model(stacked):
 # ---- the page
 
 
-def run_examples(name):
-    """The names that the Python blocks of a page leave, run one after another."""
-    page = (Path(__file__).parents[2] / "docs" / name).read_text()
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
-    return names
-
-
 def test_the_examples_of_surgery_run_in_order():
-    names = run_examples("surgery.md")
+    _, names = run_examples("docs/surgery.md")
     assert names["where"].count(names["model"]) == 4
     assert names["where"].paths(names["adapted"]) == FOUND["bert"]
     assert names["shorter"].backbone.stack.num_layers == 1 and names["whole"].config.num_layers == 3
@@ -223,5 +213,5 @@ def test_the_examples_of_surgery_run_in_order():
 def test_the_examples_of_adapters_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        names = run_examples("adapters.md")
+        _, names = run_examples("docs/adapters.md")
     assert names["value"] < jnp.log(2) * 2 and select("LoRA").count(names["qlora"]) == 8
