@@ -9,7 +9,6 @@ the faster of two layouts: nobody who leaves them to XLA has a token for much le
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import converters
 from eqx_transformers import T5, generate, nn
 
+from .reference import converted, quiet, version
 from .timing import interleaved, machine, medians, seconds, table
 
 COMPILING = "/jax/core/compile/backend_compile_duration"
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--beams", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"{NEW} new tokens, float32; {machine()}, torch {reference_version()}")
+    print(f"{NEW} new tokens, float32; {machine()}, torch {version()}")
     for name in args.model:
         print(f"\n{name}")
         sizes = [size.split("x") for size in args.sizes or SIZES[name]]
@@ -238,27 +237,13 @@ CONFIGS = {"gpt2-small": gpt2, "llama-100m": llama, "t5-small": t5}
 
 def twins(name: str) -> tuple[Any, Any]:
     """transformers' model with random weights, and ours with the same."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
+    transformers = quiet()
     config = CONFIGS[name]()
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     reference = auto.from_config(config).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
-        model, _ = converters.load(directory)
+    model = converted(reference)
     reference.generation_config.eos_token_id = None
     return reference, model
-
-
-def reference_version() -> str:
-    import torch
-    import transformers
-
-    return f"{torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 from converters import reference_names
 from eqx_transformers import ROBERTA, Encoder, EncoderConfig, stack
 
+from . import reference
 from .timing import interleaved, machine, medians, seconds, table
 
 
@@ -31,10 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     config = dataclasses.replace(ROBERTA, num_layers=args.layers, pooler=False)
     model = Encoder(config, key=jax.random.key(0))
-    reference = torch_twin(model, config)
-    print(f"RoBERTa-base shape, {args.layers} layers, float32; {machine()}, torch {reference_version()}")
+    twin = torch_twin(model, config)
+    print(f"RoBERTa-base shape, {args.layers} layers, float32; {machine()}, torch {reference.version()}")
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    rows = [measure(model, config, reference, batch, length, args.rounds) for batch, length in sizes]
+    rows = [measure(model, config, twin, batch, length, args.rounds) for batch, length in sizes]
     header = [
         "size",
         "torch ms",
@@ -49,7 +50,7 @@ def main() -> None:
     print(table([*header, "compile s", "stacked s", "first ms"], rows))
 
 
-def measure(model: Encoder, config: EncoderConfig, reference: Any, batch: int, length: int, rounds: int) -> list[str]:
+def measure(model: Encoder, config: EncoderConfig, twin: Any, batch: int, length: int, rounds: int) -> list[str]:
     """One row: medians of calls that take turns."""
     import torch
 
@@ -58,7 +59,7 @@ def measure(model: Encoder, config: EncoderConfig, reference: Any, batch: int, l
 
     @torch.inference_mode()
     def theirs():
-        return reference(**given).last_hidden_state.numpy()
+        return twin(**given).last_hidden_state.numpy()
 
     ours, compile_s, first = compiled(model, ids, mask)
     stacked, stacked_compile_s, _ = compiled(stack(model), ids, mask)
@@ -137,13 +138,6 @@ def torch_twin(model: Encoder, c: EncoderConfig) -> Any:
     specs, get = reference_names.tensors(model)
     twin.load_state_dict({name: torch.from_numpy(np.array(get(name))) for name in specs})
     return twin
-
-
-def reference_version() -> str:
-    import torch
-    import transformers
-
-    return f"{torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ LoRA those of the outputs and of the inputs' gradients, of the full step those o
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import converters
 from eqx_transformers import SequenceClassifier, select
 from eqx_transformers.surgery import LoRA, adapter_mask
 
-from .decode import reference_version
+from .reference import converted, quiet, version
 from .timing import interleaved, machine, medians, seconds, table
 
 RANK, RATE = 8, 1e-4
@@ -47,7 +45,7 @@ def main() -> None:
     batch, length = map(int, args.size.split("x"))
     reference, model = twins(args.layers)
     ids, labels = examples(reference.config.vocab_size, batch, length)
-    print(f"RoBERTa-base shape, {args.layers} layers, {args.size}, float32; {machine()}, torch {reference_version()}")
+    print(f"RoBERTa-base shape, {args.layers} layers, {args.size}, float32; {machine()}, torch {version()}")
     runs = {
         "ours full": ours(model, eqx.is_inexact_array, ids, labels),
         "ours LoRA": ours(*adapted(model), ids, labels),
@@ -86,21 +84,13 @@ def rows(runs: dict[str, Run], times: dict[str, float], firsts: dict[str, float]
 
 def twins(layers: int) -> tuple[Any, Any]:
     """transformers' classifier with random weights, and ours with the same."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
+    transformers = quiet()
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     config = transformers.RobertaConfig(
         num_hidden_layers=layers, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2, **off
     )
     reference = transformers.RobertaForSequenceClassification(config).train()
-    with tempfile.TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
-        model, _ = converters.load(directory)
-    return reference, model
+    return reference, converted(reference)
 
 
 def examples(vocab: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +108,7 @@ def adapted(model: SequenceClassifier) -> tuple[SequenceClassifier, Any]:
 
 def ours(model: Any, trains: Any, ids: np.ndarray, labels: np.ndarray) -> Run:
     """A step in which the trained leaves and the optimizer's state are donated."""
-    trained, frozen = eqx.partition(jax.tree.map(lambda x: x, model), trains)
+    trained, frozen = eqx.partition(model, trains)
     trained = jax.tree.map(jnp.array, trained)  # a copy, for it is donated
     optimizer = optax.adamw(RATE)
     state = optimizer.init(trained)
