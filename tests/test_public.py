@@ -11,6 +11,7 @@ import pytest
 import converters
 import eqx_transformers
 import eqx_transformers.nn
+import eqx_transformers.sharding
 import eqx_transformers.training
 
 HERE = Path(__file__)
@@ -93,6 +94,7 @@ DOORS = (
     eqx_transformers.expression,
     eqx_transformers.generation,
     eqx_transformers.training,
+    eqx_transformers.sharding,
     converters,
     converters.peft,
 )

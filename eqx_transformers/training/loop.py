@@ -3,7 +3,7 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ def fit(
     batches: Iterable[Any],
     *,
     steps: int,
-    evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     evaluate_every: int | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
@@ -131,7 +131,7 @@ class _Run:
     iterator: Any
     step: int
     steps: int
-    evaluate: Callable[[Any], dict[str, Any]] | None
+    evaluate: Callable[[Any], Mapping[str, Any]] | None
     evaluate_every: int | None
     checkpoints: Checkpoints | None
     checkpoint_every: int | None

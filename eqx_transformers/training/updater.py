@@ -230,4 +230,11 @@ def _settled(leaves: list[Any]) -> list[Any]:
         return leaves
     meshes = [place.mesh for place in placed if isinstance(place, NamedSharding)]
     place = NamedSharding(meshes[0], PartitionSpec()) if meshes else placed[0]
-    return [jax.device_put(x, place) if free else x for x, free in zip(leaves, is_free, strict=True)]
+    return [_put(x, place) if free else x for x, free in zip(leaves, is_free, strict=True)]
+
+
+def _put(x: Array, place: Any) -> Array:
+    # A typed key cannot be put onto devices of several processes, its numbers can.
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.device_put(x, place)
+    return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), place), impl=jax.random.key_impl(x))
