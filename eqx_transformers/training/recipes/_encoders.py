@@ -1,0 +1,131 @@
+"""An encoder and the texts that it reads: loaded, held out and put into batches; and the model that a run ends with."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from ..batching import AbstractLayout, Buckets
+from ..checkpoint import Checkpoints
+from ..data import Batches
+from ..loop import Fitted
+from ..text import DataError, Records, read_texts
+from ..tokens import TokenizedTexts, tokenize
+from ._lines import is_held_out
+from ._options import Training, WrongUsage
+from ._tuned import gathered
+
+LONGEST = 128  # tokens, where the model has room for more and nothing is said
+Path_ = str | PathLike[str]
+
+
+def read(paths: Sequence[Path_], text: str | tuple[str, str]) -> Records:
+    """The texts of several files, one after the other."""
+    if not paths:
+        raise WrongUsage("There are no files of texts: name one at least.")
+    found = [read_texts(path, text=text) for path in paths]
+    joined: Any = [[x for one in found for x in getattr(one, name)] for name in ("texts", "files", "lines")]
+    return Records(joined[0], None, (), joined[1], joined[2], sum(one.blank for one in found))
+
+
+def held_out(texts: Sequence[str], share: float, least: int = 1) -> Bool[np.ndarray, " texts"]:
+    """Which are held out: decided by a hash of each alone, so that of equal ones all are, whatever others there are.
+
+    Raises a `WrongUsage` where it is fewer than `least`, or all.
+    """
+    found = np.array(list(map(is_held_out(share), texts)))
+    if found.all() or found.sum() < least:
+        raise WrongUsage(
+            f"--hold-out {share} holds out {found.sum()} of {len(found)} texts; {least} at least are needed, and some"
+            " to train on. Give more texts, or another share (0.3, say)."
+        )
+    return found
+
+
+def loaded(source: Path_, head: type, seed: int) -> tuple[Any, Any, str]:
+    """(model, origin, what to say of it): a checkpoint in float32 under a head, which is drawn where it has none."""
+    import converters
+
+    reports: list[Any] = []
+    key = jax.random.key(seed)
+    model, origin = converters.load(source, head=head, key=key, dtype="float32", announce=reports.append)
+    new = sorted({path.rpartition(".")[0] for path in reports[0].new}) if reports else []
+    return model, origin, f"{head.__name__} of {source}{', new: ' if new else ''}{', '.join(new)}"
+
+
+def limit(model: Any, max_length: int | None) -> int:
+    """How many tokens a text may have."""
+    room = model.backbone.embedding.room
+    if max_length is not None and max_length > room:
+        raise WrongUsage(f"--max-length {max_length} is more than the {room} tokens that the model has room for.")
+    return min(LONGEST, room) if max_length is None else max_length
+
+
+def tokenized(texts: Sequence[str], tokenizer: Any, vocab_size: int, max_length: int) -> TokenizedTexts:
+    """Single texts, cut to `max_length`. Raises a `DataError` for a token that the model has no row for."""
+    tokens = tokenize(texts, tokenizer, max_length=max_length)
+    if tokens.ids.max() >= vocab_size:
+        raise DataError(
+            f"The tokenizer gives the token {tokens.ids.max()}, but the model's vocabulary has {vocab_size}: is"
+            " tokenizer.json of another model?"
+        )
+    return TokenizedTexts(tokens.ids, tokens.offsets, truncated=tokens.truncated)  # one text each: no types
+
+
+def shuffled(texts: TokenizedTexts, layout: AbstractLayout, model: Any, seed: int, **options: Any) -> Batches:
+    """Endless, of this process's rows."""
+    process = jax.process_index(), jax.process_count()
+    return Batches(texts, layout, padding_id=_padding(model), seed=seed, process=process, **options)
+
+
+def in_order(texts: TokenizedTexts, layout: AbstractLayout, model: Any, **options: Any) -> Batches:
+    """Once, and the same every time."""
+    return Batches(texts, layout, padding_id=_padding(model), shuffle=False, epochs=1, **options)
+
+
+def same_lengths(texts: TokenizedTexts, rows: int, batches: Batches) -> Buckets:
+    """Padded to lengths that there are batches of already, as far as these reach."""
+    longest, lengths = int(texts.lengths.max()), sorted(length for _, length in batches.shapes)
+    last = min((n for n in lengths if n >= longest), default=longest)
+    return Buckets(rows, lengths=(*(n for n in lengths if n < last), last))
+
+
+def final(fitted: Fitted, training: Training, out: Path, best: tuple[str, str], mesh: Any) -> Any:
+    """The model of the checkpoint that was best on what is held out, whole on every device."""
+    metric, mode = best
+    with Checkpoints(
+        out / "checkpoints", keep=training.keep, best=metric, mode="max" if mode == "max" else "min"
+    ) as checkpoints:
+        found = checkpoints.restore(fitted.state, best=True)
+    model = fitted.state.model if found is None else found.state.model
+    return model if mesh is None else gathered(model, mesh)
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What the library says of an option that makes no sense, as the command's own error."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise WrongUsage(str(error)) from error
+
+
+def improved(name: str, before: dict[str, float], after: dict[str, float], metric: str) -> str:
+    """A line for the user."""
+    return f"held-out {name}: {after[metric]:.3f} (was {before[metric]:.3f})"
+
+
+def expect_share(name: str, share: float) -> None:
+    if not 0 < share < 1:
+        raise WrongUsage(f"{name} {share} must be a share between 0 and 1.")
+
+
+def _padding(model: Any) -> int:
+    return model.config.padding_id or 0

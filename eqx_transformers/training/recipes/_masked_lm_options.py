@@ -1,0 +1,48 @@
+"""The options of `masked_lm`: which texts, what is hidden of them, and what a new model looks like."""
+
+from dataclasses import dataclass, fields
+
+from ._encoders import LONGEST, expect_share
+from ._options import WrongUsage, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How texts are read and corrupted. Raises `WrongUsage` for what is out of range."""
+
+    text: str = option("text", "the column of the texts, where a file has columns", metavar="COLUMN")
+    hold_out: float = option(0.1, "the share of the texts that is not trained on, chosen by a hash of each")
+    mask_rate: float = option(0.15, "the share of the tokens that are to be restored")
+    whole_words: bool = option(False, "hide whole words, not single tokens")
+    pack: bool = option(False, "several texts in a row of --max-length tokens, each sees itself alone")
+    max_length: int | None = option(
+        None, f"tokens; longer texts are cut (default: the model's room, {LONGEST} at most)"
+    )
+    max_shapes: int = option(8, "lengths that batches are padded to")
+
+    def __post_init__(self):
+        expect_share("--hold-out", self.hold_out)
+        expect_share("--mask-rate", self.mask_rate)
+        if self.max_shapes < 1 or (self.max_length is not None and self.max_length < 3):
+            raise WrongUsage(f"--max-shapes {self.max_shapes} must be at least 1, --max-length {self.max_length} 3.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A new model, a RoBERTa, and its tokenizer. Raises `WrongUsage` for what is out of range."""
+
+    layers: int = option(4, "blocks")
+    heads: int = option(4, "of attention; their width is the embed-dim's part")
+    embed_dim: int = option(256, "width")
+    mlp_dim: int = option(1024, "width inside the feed-forward networks")
+    vocab_size: int = option(8000, "tokens of the tokenizer, byte-level BPE, that is made of the texts")
+    dropout: float = option(0.1, "of all parts")
+
+    def __post_init__(self):
+        small = [one.name for one in fields(self) if one.name != "dropout" and getattr(self, one.name) < 1]
+        if small:
+            raise WrongUsage(f"--{small[0].replace('_', '-')} {getattr(self, small[0])} must be at least 1.")
+        if self.embed_dim % self.heads:
+            raise WrongUsage(f"--embed-dim {self.embed_dim} must be a multiple of --heads {self.heads}.")
+        if not 0 <= self.dropout < 1:
+            raise WrongUsage(f"--dropout {self.dropout} must be at least 0 and below 1.")

@@ -1,0 +1,147 @@
+"""The options that all recipes have: fields of one dataclass, of which the command line is made."""
+
+import argparse
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..._files import writing
+
+
+class WrongUsage(ValueError):
+    """The options make no sense, alone or together."""
+
+
+def option(default: Any, said: str, **more: Any) -> Any:
+    """A field that is an option of the command line too, with its help."""
+    return field(default=default, metadata={"help": said, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a recipe trains. Raises `WrongUsage` for what is out of range."""
+
+    epochs: float | int | None = option(None, "how often all data is gone through")
+    steps: int | None = option(None, "how many updates, in the place of --epochs")
+    batch_size: int = option(32, "rows of a batch, over all devices")
+    learning_rate: float = option(1e-4, "at its peak")
+    warmup: float = option(0.1, "the share of the steps in which the rate rises; it falls to 0 in the others")
+    weight_decay: float = option(0.01, "AdamW's, of matrices alone: not of biases and norms")
+    clip_norm: float | None = option(1.0, "largest norm of a gradient; 0 is without")
+    accumulate: int = option(1, "micro-batches of a batch, gone through one after another")
+    bfloat16: bool = option(False, "compute in bfloat16; the parameters stay in float32")
+    seed: int = option(0, "of all that is drawn")
+    evaluate_every: int | None = option(None, "steps between two evaluations (default: an epoch)")
+    checkpoint_every: int | None = option(None, "steps between two checkpoints (default: as evaluations)")
+    keep: int = option(2, "how many checkpoints are kept, beside the best one")
+    patience: int | None = option(None, "stop after so many evaluations without a better one")
+    mesh: str | None = option(None, "devices by axis, such as data=2,model=4", metavar="AXES")
+    fully_sharded: bool = option(False, "parameters and optimizer spread over the mesh's data axis")
+    coordinator: str | None = option(None, "of several processes: HOST:PORT, or auto", metavar="ADDRESS")
+    processes: int | None = option(None, "how many there are")
+    process: int | None = option(None, "which of them this is, from 0")
+    progress: bool = option(True, "no bar and no lines while it trains")
+
+    def __post_init__(self):
+        if self.epochs is not None and self.steps is not None:
+            raise WrongUsage(f"epochs = {self.epochs} and steps = {self.steps} both say how long: give one of them.")
+        least = {"batch_size": 1, "accumulate": 1, "keep": 1, "steps": 1, "patience": 1}
+        least |= {"evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0, "clip_norm": 0, "warmup": 0}
+        for name, smallest in least.items():
+            given = getattr(self, name)
+            if given is not None and not given >= smallest:
+                raise WrongUsage(f"{_spelled(name)} {given} must be at least {smallest}.")
+        if not self.learning_rate > 0 or not (self.epochs is None or self.epochs > 0) or not self.warmup <= 1:
+            raise WrongUsage(
+                f"--learning-rate {self.learning_rate} and --epochs {self.epochs} must be above 0,"
+                f" and --warmup {self.warmup}, a share, at most 1."
+            )
+        if self.batch_size % self.accumulate:
+            raise WrongUsage(f"--batch-size {self.batch_size} must be a multiple of --accumulate {self.accumulate}.")
+
+    def total(self, per_epoch: int, epochs: float | int) -> int:
+        """The number of updates, of so many batches an epoch; `epochs` where none are asked for."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(per_epoch * (epochs if self.epochs is None else self.epochs)))
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose exit is `command`'s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongUsage(f"{message} (--help lists what there is)")
+
+
+def parser(name: str, said: str, **defaults: Any) -> Parser:
+    """Of the recipe `name`: with the options of `Training`, and `--out`; `defaults` in the place of theirs."""
+    made = Parser(prog=f"python -m eqx_transformers.training.recipes.{name}", description=said, allow_abbrev=False)
+    made.add_argument("--out", type=Path, metavar="DIR", help=f"where all is written (default ./{name})")
+    add_options(made, "training", Training, **defaults)
+    made.set_defaults(out=Path(name))
+    return made
+
+
+def add_options(made: argparse.ArgumentParser, title: str, record: type, **defaults: Any) -> None:
+    """The fields of a dataclass as options of a command line, under a title; `defaults` in the place of theirs."""
+    group = made.add_argument_group(title)
+    for one in fields(record):
+        told = dict(one.metadata)
+        default = defaults.get(one.name, one.default)
+        if isinstance(one.default, bool):
+            off = one.default
+            name_ = _spelled(one.name) if not off else "--no-" + one.name
+            group.add_argument(name_, dest=one.name, action="store_false" if off else "store_true", help=told["help"])
+            continue
+        said = told.pop("help") + ("" if default is None else f" (default {default})")
+        group.add_argument(_spelled(one.name), type=_kind(one.type), default=default, help=said, **told)
+
+
+def gathered(args: argparse.Namespace, record: type) -> Any:
+    """The dataclass whose fields were added by `add_options`, of a command line."""
+    return record(**{one.name: getattr(args, one.name) for one in fields(record)})
+
+
+def training(args: argparse.Namespace) -> Training:
+    """The options of a command line as fields."""
+    return gathered(args, Training)
+
+
+def settle(out: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings of a run in `out/settings.json`; a run that is there is gone on with only under the same.
+
+    Raises `WrongUsage` where they differ, naming each.
+    """
+    told = json.loads(json.dumps(settings, default=str))
+    path = out / "settings.json"
+    if not path.exists():
+        with writing(path) as fresh:
+            fresh.write_text(json.dumps(told, indent=2) + "\n")
+        return
+    there = json.loads(path.read_text())
+    other = [
+        f"{name} {there.get(name)!r}, now {told.get(name)!r}"
+        for name in told | there
+        if told.get(name) != there.get(name)
+    ]
+    if other:
+        raise WrongUsage(
+            f"{out} holds a run with other settings: {'; '.join(other)}. Give these to go on with it, another --out for"
+            " a new run, or remove the directory."
+        )
+
+
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(annotation: Any) -> Any:
+    """What a text of the command line becomes: the first type of a union; of words, themselves."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return str
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation)[0] if union else annotation

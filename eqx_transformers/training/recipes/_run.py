@@ -1,0 +1,122 @@
+"""What happens in every recipe: how it begins and ends, and the training between."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ...serialisation import FormatError
+from ...sharding import make_mesh, rules_for, shard, shard_batch, start_processes
+from ..callbacks import EarlyStop
+from ..checkpoint import CheckpointError, Checkpoints
+from ..data import Batches
+from ..loop import Fitted, NotFinite, fit
+from ..optimizers import adamw
+from ..schedules import warmup_linear
+from ..text import DataError
+from ..updater import TrainState, Updater
+from ._options import Training, WrongUsage
+
+
+def command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a recipe as a command and gives its exit code.
+
+    0: done. 2: wrong options or data. 130: stopped by Ctrl-C (143 by SIGTERM), after a checkpoint was saved.
+    """
+    from converters import ConversionError
+
+    told = (WrongUsage, DataError, ConversionError, FormatError, CheckpointError, NotFinite, ImportError, OSError)
+    try:
+        main(argv)
+    except KeyboardInterrupt as stopped:
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
+    except told as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def begin(training: Training) -> Any:
+    """The mesh that is asked for, or None; joins the other processes first, where there are."""
+    if training.coordinator is not None:
+        start_processes(training.coordinator, training.processes, training.process)
+    if training.mesh is None:
+        return None
+    try:
+        mesh = make_mesh(training.mesh)
+    except ValueError as error:
+        raise WrongUsage(f"--mesh {training.mesh}: {error}") from error
+    if training.batch_size % (training.accumulate * (parts := mesh.shape.get("data", 1))):
+        raise WrongUsage(
+            f"--batch-size {training.batch_size} must be a multiple of --accumulate {training.accumulate} times the"
+            f" {parts} parts of data in --mesh {training.mesh}."
+        )
+    return mesh
+
+
+def train(
+    model: Any,
+    loss: Callable[..., Any],
+    batches: Batches,
+    training: Training,
+    out: Path,
+    *,
+    epochs: float | int,
+    mesh: Any = None,
+    trains: Any = None,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    best: tuple[str, Literal["min", "max"]] = ("loss", "min"),
+    optimizer: Any = None,
+    schedule: Any = None,
+    callbacks: Iterable[Any] = (),
+    look: Callable[[Updater, TrainState], None] | None = None,
+) -> Fitted:
+    """Trains by AdamW with a warm-up and a linear decay, or by `optimizer`, and writes to `out`:
+
+    `checkpoints/`, from which a run that was stopped goes on, `log.jsonl` and `curves.png`. `epochs` is how many there
+    are where `training` does not say; `best` names the metric of `evaluate` by which the best checkpoint is kept;
+    `schedule` is the rate of `optimizer`, for the log; `look(updater, state)` is called before the first step.
+    """
+    per_epoch = batches.per_epoch
+    steps = training.total(per_epoch, epochs)
+    rates = schedule
+    if optimizer is None:
+        rates = warmup_linear(training.learning_rate, steps, training.warmup)
+        optimizer = adamw(rates, weight_decay=training.weight_decay)
+    updater = Updater(
+        loss,
+        optimizer,
+        trains=trains,
+        accumulate=training.accumulate,
+        compute_dtype=jnp.bfloat16 if training.bfloat16 else None,
+        clip_norm=training.clip_norm or None,
+    )
+    if mesh is not None:
+        model = shard(model, mesh, rules_for(mesh, fully_sharded=training.fully_sharded))
+    state = updater.init(model, key=jax.random.key(training.seed))
+    place = (lambda batch: batch) if mesh is None else lambda batch: shard_batch(batch, mesh)
+    if look is not None:
+        look(updater, state)
+    metric, mode = best
+    with Checkpoints(out / "checkpoints", keep=training.keep, best=metric, mode=mode) as checkpoints:
+        return fit(
+            updater,
+            state,
+            batches,
+            steps=steps,
+            place=place,
+            schedule=rates,
+            evaluate=evaluate,
+            evaluate_every=None if evaluate is None else training.evaluate_every or per_epoch,
+            checkpoints=checkpoints,
+            checkpoint_every=training.checkpoint_every or training.evaluate_every or per_epoch,
+            stop=None if training.patience is None else EarlyStop(metric, mode, training.patience),
+            log=out / "log.jsonl",
+            plot=out / "curves.png",
+            callbacks=tuple(callbacks),
+            progress=training.progress,
+        )
