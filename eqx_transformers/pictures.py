@@ -1,4 +1,4 @@
-"""Pictures, written as files: points in a plane."""
+"""Pictures, written as files: points in a plane, and what a classifier confuses."""
 
 import os
 import secrets
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 # Okabe & Ito 2008, told apart by colour-blind readers; without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -42,9 +42,7 @@ def picture(
     `ImportError` without matplotlib, and a `ValueError` for another suffix, for points that are not finite pairs, for
     `colours` or `labels` of another number, and for more classes than there are signs.
     """
-    target = Path(os.path.realpath(path))
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"A picture is written as {' or '.join(SUFFIXES)}, but the path is {os.fspath(path)!r}.")
+    target = _target(path)
     where = np.asarray(points, np.float64)
     if where.ndim != 2 or where.shape[1] != 2 or not np.isfinite(where).all():
         raise ValueError(f"Points are finite pairs of numbers, but these are {where.shape}, or some are not finite.")
@@ -59,13 +57,71 @@ def picture(
     return target
 
 
-def _plane(title: str | None, axes: tuple[str, str]) -> tuple[Any, Any]:
+def confusion_picture(
+    confusion: Int[np.ndarray, "classes classes"],
+    names: Sequence[str],
+    *,
+    path: str | os.PathLike[str],
+    title: str | None = None,
+) -> Path:
+    """Writes a picture of a confusion matrix to `path`, a PNG or an SVG by its suffix, and returns it.
+
+    A line is a true class and a column what its texts were taken for. A cell is as dark as its share of the line, so
+    that rare classes are seen too; of at most 25 classes it has the number of texts, and in small print the share.
+
+    The file appears whole or not at all; folders are made. Raises an `ImportError` without matplotlib, and a
+    `ValueError` for another suffix and for another number of names than of classes.
+    """
+    target = _target(path)
+    counts = np.asarray(confusion)
+    if counts.shape != (len(names), len(names)) or not len(names):
+        raise ValueError(f"There are {len(names)} names, but the confusion matrix is {counts.shape}.")
+    size = min(3.5 + 0.55 * len(names), 16.0)
+    figure, plane = _figure((size + 1, size))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    cells = plane.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(cells, ax=plane, label="share of the true class", shrink=0.8)
+    plane.set(title=title or "", xlabel="predicted", ylabel="true")
+    for axis, turned in ((plane.xaxis, len(names) > 2), (plane.yaxis, False)):
+        axis.set_ticks(range(len(names)), [_short(name) for name in names], rotation=45 * turned)
+        for text in axis.get_ticklabels():
+            text.set(parse_math=False, ha="right" if turned or axis is plane.yaxis else "center")
+    if len(names) <= 25:
+        _count(plane, counts, shares)
+    _write(figure, target)
+    return target
+
+
+def _count(plane: Any, counts: np.ndarray, shares: np.ndarray) -> None:
+    few = len(counts) <= 10
+    for (i, j), count in np.ndenumerate(counts):
+        text = f"{count}\n{shares[i, j]:.0%}" if few else str(count)
+        color = "white" if shares[i, j] > 0.5 else "black"
+        plane.text(j, i, text, ha="center", va="center", color=color, fontsize=10 if few else 7)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    target = Path(os.path.realpath(path))
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"A picture is written as {' or '.join(SUFFIXES)}, but the path is {os.fspath(path)!r}.")
+    return target
+
+
+def _figure(inches: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("A picture needs matplotlib: pip install 'eqx_transformers[train]'") from error
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")  # not of pyplot, which keeps every figure
-    plane = figure.add_subplot()
+    figure = Figure(figsize=inches, layout="constrained")  # not of pyplot, which keeps every figure
+    return figure, figure.add_subplot()
+
+
+def _plane(title: str | None, axes: tuple[str, str]) -> tuple[Any, Any]:
+    figure, plane = _figure((7.5, 5.5))
     plane.set(title=title or "", xlabel=axes[0], ylabel=axes[1])
     plane.set_aspect("equal", adjustable="datalim")  # distances in the plane are as long in both directions
     plane.margins(0.1)

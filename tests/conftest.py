@@ -50,9 +50,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long tables go by turns, but where rows were asked for by name. All workers choose the same ones."""
+    """Long tables go by turns and long proofs not at all, but where asked for by name; the same in all workers."""
     if FULL or any("::" in given for given in config.args):
         return
+    short = [item for item in items if item.get_closest_marker("full") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+    items[:] = short
     name = lambda item: f"{item.module.__name__.removeprefix('tests.')}.{item.name}"
     chosen = in_turn([name(item) for item in items])
     config.hook.pytest_deselected(items=[item for item, runs in zip(items, chosen, strict=True) if not runs])

@@ -225,7 +225,7 @@ def test_texts_and_models_that_make_no_pairs(folder, tmp_path, capsys):
     assert command(recipe.main, more) == 2 and "tokenizer.json" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not FULL, reason="minutes")
+@pytest.mark.full
 def test_minilm_finds_the_second_half_of_a_sentence(tmp_path):
     """Which of all held-out second halves belongs to a first half of a review's sentence."""
     pairs = [pair for text in read_texts(f"{DATA}/train.tsv").texts if (pair := halves(text)) is not None]

@@ -19,8 +19,6 @@ from eqx_transformers.training.recipes._options import Training, WrongUsage
 from eqx_transformers.training.recipes._run import command
 from eqx_transformers.training.recipes.masked_lm import MaskedLMResult, masked_lm, measured
 
-from ..full import FULL
-
 DATA = "tests/data/movie_snippets"
 SUBJECTS = {"the cat": "mice", "the dog": "bones", "a bird": "seeds", "my horse": "grass"}
 SMALL = ["--batch-size", "16", "--max-shapes", "1", "--no-progress"]
@@ -114,7 +112,7 @@ def test_going_on_with_it_begins_where_it_ended(folder, whole, tmp_path, capsys)
         masked_lm(texts, model=whole / "model", out=tmp_path, training=training, options=changed)
 
 
-@pytest.mark.skipif(not FULL, reason="a third program to compile")
+@pytest.mark.full
 def test_packed_texts(folder, whole, tmp_path, capsys):
     more = ["--model", str(whole / "model"), "--pack", "--hold-out", "0.3", "--steps", "1", "--mesh", "data=1"]
     assert command(recipe.main, argv(folder, tmp_path, *more)) == 0
@@ -194,7 +192,7 @@ def test_a_new_models_room_is_the_length_that_is_asked_for(whole):
     assert Shape().vocab_size == 8000
 
 
-@pytest.mark.skipif(not FULL, reason="minutes")
+@pytest.mark.full
 def test_minilm_learns_to_restore_tokens(tmp_path):
     """It has no masked-LM head: a new one, tied to its table, begins at nothing."""
     training = Training(batch_size=16, steps=70, learning_rate=5e-4, progress=False)

@@ -114,7 +114,12 @@ def command_line() -> argparse.ArgumentParser:
     add("--no-buckets", action="store_true", help="one length for all")
     add("--lora", type=int, metavar="RANK", help="train adapters of this rank, and the head whole")
     add("--lora-alpha", type=float, help="their scale times the rank (default: twice the rank)")
-    add("--lora-targets", nargs="+", metavar="PATTERN", help=f"layers (default {' '.join(Adapter(1).targets)})")
+    add(
+        "--lora-targets",
+        nargs="+",
+        metavar="PATTERN",
+        help=f"where linear layers get one (default {' '.join(Adapter(1).targets)})",
+    )
     add("--lora-dropout", type=float, default=0.0, help="in front of the adapters (default 0)")
     add("--freeze", nargs="+", default=[], metavar="PATTERN", help="paths that are not trained: backbone.embedding")
     add("--layer-decay", type=float, metavar="RATE", help="the learning rate of a layer, of that of the next one")

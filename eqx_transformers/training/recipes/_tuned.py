@@ -23,11 +23,12 @@ from ._options import Training
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA's options: `alpha` is twice the rank, where none is given; `targets` are patterns of linear layers."""
+    """LoRA's options: `alpha` is twice the rank, where none is given; `targets` are patterns of paths, at or below
+    which every linear layer gets one."""
 
     rank: int
     alpha: float | None = None
-    targets: tuple[str, ...] = ("**.{query,value}_proj",)
+    targets: tuple[str, ...] = ("**.blocks",)
     dropout: float = 0.0
 
 

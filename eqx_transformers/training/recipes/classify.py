@@ -1,0 +1,232 @@
+"""Texts and labels -> a classifier, fine-tuned whole or with LoRA, and how good it is.
+
+`python -m eqx_transformers.training.recipes.classify --model DIR --train TRAIN.tsv --test TEST.tsv --out RESULT`
+
+`RESULT` gets what every recipe writes, `metrics.json`, `confusion.png`, `predictions.tsv`, and `model/`, a directory
+that transformers loads, or with `--lora` `adapter/`, which PEFT loads on the model. The test texts are looked at once,
+by the final model. Texts that are held out (`--validation FILE`, `--hold-out 0.1`) are looked at after every epoch, and
+the checkpoint that is best on them is the final model.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..._files import written
+from ...pictures import confusion_picture
+from .. import metrics
+from ..batching import Buckets
+from ..checkpoint import Checkpoints
+from ..data import Batches
+from ..history import History
+from ..loop import Fitted
+from ..objectives import classification_loss
+from ..vocabularies import load_tokenizer
+from . import _labelled as data
+from ._classify_options import EPOCHS, LONGEST, LORA_RATE, RATE, Options as Options, command_line, options_of
+from ._labelled import Labelled
+from ._options import Training, WrongUsage, settle, training as training_of
+from ._run import begin, command, train as trained
+from ._tuned import Adapter as Adapter, Ready, export, gathered, optimizer, ready
+
+UNSETTLED = ("progress", "coordinator", "process")  # may differ when a run goes on
+
+
+class Classified(NamedTuple):
+    """What came out. `test` and `validation` are as in metrics.json, or None; `path` has the model or the adapter."""
+
+    model: Any
+    labels: tuple[str, ...]
+    test: dict[str, Any] | None
+    validation: dict[str, Any] | None
+    history: History
+    stopped: str
+    path: Path
+
+
+class Task(NamedTuple):
+    """What is trained on, and what is scored: batches of `validation` and `test`, where there are such."""
+
+    sets: dict[str, Labelled]
+    batches: Batches
+    scored: dict[str, Batches]
+    max_length: int
+
+
+def classify(
+    train: str | PathLike[str],
+    test: str | PathLike[str] | None = None,
+    *,
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    training: Training | None = None,
+    options: Options | None = None,
+) -> Classified:
+    """Fine-tunes a model on the texts of `train`, evaluates it on those of `test`, and writes all to `out`.
+
+    `model` is a Hugging Face directory or a hub id, with a tokenizer.json; its head is kept if it has as many labels.
+    Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
+    """
+    options = Options() if options is None else options
+    training = Training(learning_rate=RATE if options.lora is None else LORA_RATE) if training is None else training
+    if training.patience is not None and not options.holds_out:
+        raise WrongUsage("--patience needs texts that are held out: give --validation FILE or --hold-out 0.1.")
+    mesh, out = begin(training), Path(out)
+    records = _records({"train": train, "validation": options.validation, "test": test}, options)
+    names = records["train"].names
+    with _usage():
+        made = ready(model, names, training.seed, options.lora, options.freeze, options.override)
+        task = prepared(records, made, training, options)
+        settle(out, _settings(train, test, model, training, options, task))
+    if training.progress and jax.process_index() == 0:
+        print("\n".join(_said(task, made, names)), flush=True)
+    fitted = _fitted(made, task, training, options, out, mesh)
+    final = _final(fitted, training, options, out)
+    final = final if mesh is None else gathered(final, mesh)
+    return _finished(final, task, made, fitted, names, out)
+
+
+def _records(paths: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Of all files: what can be wrong with the data is said before a model is read."""
+    columns = {"text": options.text, "label": options.label}
+    found = {"train": data.read(paths["train"], **columns)}
+    names = found["train"].names
+    others = {name: path for name, path in paths.items() if path is not None and name not in found}
+    return found | {name: data.read(path, names=names, **columns) for name, path in others.items()}
+
+
+def prepared(records: Mapping[str, Any], made: Ready, training: Training, options: Options) -> Task:
+    """Texts tokenized, held out and put into batches."""
+    config, limit = made.model.config, _limit(made.model, options.max_length)
+    tokenizer = load_tokenizer(made.origin.directory)
+    sets = {name: data.tokenized(found, tokenizer, config, limit) for name, found in records.items()}
+    if options.hold_out is not None:
+        kept, held = data.split(sets["train"].labels, options.hold_out, training.seed)
+        sets |= {"train": sets["train"].taken(kept), "validation": sets["train"].taken(held)}
+    layout = Buckets(training.batch_size, max_shapes=options.max_shapes)
+    process = jax.process_index(), jax.process_count()
+    batches = data.training_batches(sets["train"], layout, config, seed=training.seed, process=process)
+    lengths = [length for _, length in batches.shapes]
+    scored = lambda texts: data.scored_batches(texts, training.batch_size, lengths, config)
+    return Task(sets, batches, {name: scored(texts) for name, texts in sets.items() if name != "train"}, limit)
+
+
+def _limit(model: Any, max_length: int | None) -> int:
+    """How many tokens a text may have."""
+    room = getattr(model.backbone, "room", None)
+    room = getattr(model.config, "max_positions", None) if room is None else room
+    if max_length is not None and room is not None and max_length > room:
+        raise WrongUsage(f"--max-length {max_length} is more than the {room} tokens that the model has room for.")
+    return min(LONGEST, room or LONGEST) if max_length is None else max_length
+
+
+def _settings(train: Any, test: Any, model: Any, training: Training, options: Options, task: Task) -> dict[str, Any]:
+    """All that a run that goes on must agree with."""
+    absolute = lambda path: None if path is None else str(Path(path).absolute())
+    paths = {"train": absolute(train), "test": absolute(test), "validation": absolute(options.validation)}
+    settings = {name: x for name, x in asdict(training).items() if name not in UNSETTLED}
+    given = asdict(options) | {"max_length": task.max_length, "texts": task.batches.fingerprint}
+    return settings | given | paths | {"model": str(model)}
+
+
+def _said(task: Task, made: Ready, names: Sequence[str]) -> Iterator[str]:
+    for name, texts in task.sets.items():
+        yield data.counted(name, texts, names, task.max_length)
+    yield made.said
+    yield data.shares(task.sets["train"].tokens, task.batches)
+
+
+def _fitted(made: Ready, task: Task, training: Training, options: Options, out: Path, mesh: Any) -> Fitted:
+    evaluate = None
+    if options.holds_out:
+        labels, batches = task.sets["validation"].labels, task.scored["validation"]
+        evaluate = lambda model: data.told(data.logits(model, batches), labels)
+    steps = training.total(task.batches.per_epoch, EPOCHS)
+    with _usage():
+        chosen = optimizer(made.model, training, steps, options.layer_decay, options.original)
+    return trained(
+        made.model,
+        classification_loss,
+        task.batches,
+        replace(training, clip_norm=None) if options.original else training,  # its optimizer clips by itself
+        out,
+        epochs=EPOCHS,
+        mesh=mesh,
+        trains=made.trains,
+        evaluate=evaluate,
+        best=("accuracy", "max"),
+        **chosen,
+    )
+
+
+def _final(fitted: Fitted, training: Training, options: Options, out: Path) -> Any:
+    """The model of the best checkpoint, where held-out texts say which one that is."""
+    if not options.holds_out:
+        return fitted.state.model
+    with Checkpoints(out / "checkpoints", keep=training.keep, best="accuracy", mode="max") as checkpoints:
+        found = checkpoints.restore(fitted.state, best=True)
+    return fitted.state.model if found is None else found.state.model
+
+
+def _finished(model: Any, task: Task, made: Ready, fitted: Fitted, names: Sequence[str], out: Path) -> Classified:
+    """Scores what is to be scored and writes all."""
+    logits = {name: data.logits(model, batches) for name, batches in task.scored.items()}
+    results = {name: _measured(x, task.sets[name], names) for name, x in logits.items()}
+    path = out / ("adapter" if made.saved else "model")
+    if jax.process_index() == 0:
+        export(model, path, made)
+        run = {"labels": list(names), "steps": int(fitted.state.step), "stopped": fitted.stopped}
+        written(out / "metrics.json", json.dumps(results | run, indent=2).encode())
+        if shown := next((name for name in ("test", "validation") if name in logits), None):
+            _show(out, shown, task.sets[shown], logits[shown], results[shown], names)
+    test, validation = results.get("test"), results.get("validation")
+    return Classified(model, tuple(names), test, validation, fitted.history, fitted.stopped, path)
+
+
+def _measured(logits: Any, texts: Labelled, names: Sequence[str]) -> dict[str, Any]:
+    confusion = metrics.confusion_matrix(texts.labels, logits.argmax(-1), len(names))
+    return {"loss": data.told(logits, texts.labels)["loss"]} | metrics.summary(confusion, names)
+
+
+def _show(out: Path, name: str, texts: Labelled, logits: Any, result: dict[str, Any], names: Sequence[str]) -> None:
+    title = f"{name}: accuracy {result['accuracy']:.3f}, macro F1 {result['macro_f1']:.3f}"
+    confusion_picture(np.asarray(result["confusion"]), names, path=out / "confusion.png", title=title)
+    written(out / "predictions.tsv", data.predictions(texts, logits, names).encode())
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What the library says of an option that makes no sense, as the command's own error."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise WrongUsage(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    args = command_line().parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = RATE if args.lora is None else LORA_RATE
+    said = classify(
+        args.train, args.test, model=args.model, out=args.out, training=training_of(args), options=options_of(args)
+    )
+    name = "validation" if said.test is None else "test"
+    result = said.validation if said.test is None else said.test
+    print(f"{name} macro F1: {result['macro_f1']:.3f}" if result else "Nothing was evaluated: there is no --test.")
+    print(f"written: {said.path}")
+    if result:
+        print(f"{name} accuracy: {result['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(main))

@@ -1,0 +1,290 @@
+"""Any text -> a language model: characters, BPE or a given tokenizer; a new model or one that goes on.
+
+    python -m eqx_transformers.training.recipes.language_model TEXT.txt --out RESULT
+    python -m eqx_transformers.training.recipes.language_model TEXT.txt --from DIR --out RESULT
+
+Without more options it is the functional transformer's own program, in a size that trains within minutes on two cores
+(`--quick`: seconds, `--original`: its own numbers). `RESULT` gets what every recipe writes, `tokenizer.json`,
+`metrics.json` and `model/` (the native format, with the tokenizer); of GPT-2 and Llama also `exported/`, which
+transformers loads. The end of the text is held out; the checkpoint that is best on it is the final model.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ..._files import written
+from ...serialisation import save
+from ...sharding import shard_batch
+from ..entropy import bigram_entropy, bits_per_character, unigram_entropy
+from ..history import History
+from ..loop import Fitted
+from ..objectives import language_model_loss
+from ..updater import TrainState, Updater
+from . import _encoders as encoders
+from ._dump import dump
+from ._encoders import Path_
+from ._language_models import Shape as Shape, preset
+from ._language_setup import Options as Options, Work, optimizer_of, prepared, training_for
+from ._options import Training as Training, WrongUsage, add_options, gathered, parser, settle, training as training_of
+from ._run import begin, command, train
+from ._samples import Watch, continued
+from ._tuned import gathered as whole
+
+BEST = ("loss", "min")
+EVALUATIONS = 20  # while it trains, where nothing is said
+# What may differ when a run goes on: who runs it, and what is only looked at.
+UNSETTLED = ("progress", "coordinator", "process", "dump", "sample_every", "sample_tokens", "prompt", "temperature")
+
+
+class LanguageModelled(NamedTuple):
+    """What came out. `metrics` are those of metrics.json, `sample` what the final model says after the prompt."""
+
+    model: Any
+    tokenizer: Any
+    metrics: dict[str, Any]
+    sample: str
+    history: History
+    stopped: str
+    path: Path
+
+
+def language_model(
+    texts: Path_ | Sequence[Path_],
+    *,
+    out: Path_,
+    source: Path_ | None = None,
+    shape: Shape | None = None,
+    options: Options | None = None,
+    training: Training | None = None,
+) -> LanguageModelled:
+    """Trains a causal language model on the text of files or directories, and measures it on the end of it.
+
+    `source` is a model to go on with, `--from` of the command: a Hugging Face directory or hub id, or a directory of
+    this library, with a tokenizer.json; without it a new one is made, of `options.model` and `shape`. Without
+    `training`, batch, rate and length of training are those of the model (`training_for`). A second call goes on where
+    the first one stopped. Raises `WrongUsage`, a `DataError`, and the converters' errors.
+    """
+    options, shape = options or Options(), shape or Shape()
+    training = training or training_for(options, source)
+    if source is not None and (shape.is_given or options.quick or options.original):
+        raise WrongUsage("--from goes on with a model that has its sizes: leave out --quick, --original and all sizes.")
+    mesh, out = begin(training), Path(out)
+    paths = [texts] if isinstance(texts, str | Path) or not isinstance(texts, Sequence) else list(texts)
+    with encoders.usage():
+        work = prepared(paths, source, shape, options, training, out)
+        settle(out, _settings(paths, source, shape, options, training, work))
+    baselines = _baselines(work)
+    measure = partial(measured, batches=work.evaluated(options.evaluate_batches))
+    if leads := jax.process_index() == 0:
+        written(out / "tokenizer.json", work.tokenizer_json.encode())
+        print("\n".join([*work.said, *_said(baselines), f"before: {_loss(measure(work.model), work)}"]), flush=True)
+    steps = training.total(work.batches.per_epoch, work.epochs)
+    each = training.evaluate_every or max(1, steps // EVALUATIONS)
+    say = lambda model, step: _show(step, work, _sample(model, work, options, training, mesh), leads)
+    watch = Watch(measure, say, each, options.sample_every)
+    tuned = optimizer_of(options, training, steps, source)
+    fitted = train(
+        work.model,
+        language_model_loss,
+        work.batches,
+        replace(training, evaluate_every=each, clip_norm=None if tuned.clips else training.clip_norm),
+        out,
+        epochs=work.epochs,
+        mesh=mesh,
+        evaluate=watch,
+        best=BEST,
+        optimizer=tuned.optimizer,
+        schedule=tuned.schedule,
+        callbacks=[watch],
+        look=None if options.dump is None else partial(_dumped, Path(options.dump), work, mesh),
+    )
+    model = encoders.final(fitted, training, out, BEST, mesh)
+    return _finished(model, work, fitted, baselines, _sample(model, work, options, training, None), out)
+
+
+def measured(model: Any, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """`loss`: nats a token, a mean over all tokens that are predicted, without dropout."""
+    found = [_scored(model, batch) for batch in batches]
+    weights = np.array([float(weight) for _, weight in found])
+    return {"loss": float((weights * np.array([float(value) for value, _ in found])).sum() / weights.sum())}
+
+
+@eqx.filter_jit
+def _scored(model: Any, batch: dict[str, Any]) -> Any:
+    value, aux = language_model_loss(model, batch)
+    return value, aux["weight"]
+
+
+def _baselines(work: Work) -> dict[str, float]:
+    """Nats a token that need no model, over the same tokens as the held-out loss."""
+    train, held, size = work.train_ids, work.held_ids, work.vocab_size
+    all_ids = np.concatenate([train, held])
+    return {
+        "unigram_entropy": unigram_entropy(train, held, size),
+        "bigram_entropy": bigram_entropy(train, held, size),
+        "own_bigram_entropy": bigram_entropy(all_ids, all_ids, size, smoothing=0),
+    }
+
+
+def _said(baselines: dict[str, float]) -> list[str]:
+    unigram, bigram, own = baselines.values()
+    return [
+        f"held-out entropy, nats a token: unigram {unigram:.4f}, bigram {bigram:.4f}"
+        " (by counts of the training part, 1 added to each)",
+        f"bigram entropy of the whole text by its own counts: {own:.4f}",
+    ]
+
+
+def _loss(found: dict[str, float], work: Work) -> str:
+    bits = bits_per_character(found["loss"], len(work.held_ids), work.held_characters)
+    return f"held-out loss {found['loss']:.4f} nats a token, {bits:.4f} bits a character"
+
+
+def _sample(model: Any, work: Work, options: Options, training: Training, mesh: Any) -> str:
+    if not options.sample_tokens:
+        return ""
+    model = model if mesh is None else whole(model, mesh)
+    key = jax.random.key(training.seed)
+    ids = continued(
+        model,
+        work.prompt_ids,
+        new=options.sample_tokens,
+        length=work.row_length,
+        temperature=options.temperature,
+        key=None if options.temperature is None else key,
+    )
+    return work.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _show(step: int, work: Work, sample: str, leads: bool) -> None:
+    if leads and sample:
+        print(f"--- step {step}, after {_prompt(work)!r}:\n{sample}\n---", flush=True)
+
+
+def _prompt(work: Work) -> str:
+    return work.tokenizer.decode(work.prompt_ids.tolist(), skip_special_tokens=False)
+
+
+def _dumped(directory: Path, work: Work, mesh: Any, updater: Updater, state: TrainState) -> None:
+    batch = work.batches[0]
+    if jax.process_count() > 1:
+        raise WrongUsage("--dump needs one process: leave out --coordinator.")
+    dump(directory, updater, state, batch if mesh is None else shard_batch(batch, mesh))
+    print(f"written: the step's jaxpr and HLO in {directory}", flush=True)
+
+
+def _settings(
+    paths: list[Any], source: Any, shape: Shape, options: Options, training: Training, work: Work
+) -> dict[str, Any]:
+    """All that a run that goes on must agree with."""
+    settings = asdict(training) | asdict(options) | asdict(shape)
+    settings = {name: x for name, x in settings.items() if name not in UNSETTLED}
+    files = [str(Path(path).absolute()) for path in paths]
+    return settings | {
+        "files": files,
+        "from": None if source is None else str(source),
+        "texts": work.batches.fingerprint,
+    }
+
+
+def _finished(
+    model: Any, work: Work, fitted: Fitted, baselines: dict[str, float], sample: str, out: Path
+) -> LanguageModelled:
+    found = measured(model, work.evaluated(None))
+    metrics: dict[str, Any] = found | baselines
+    metrics["bits_per_character"] = bits_per_character(found["loss"], len(work.held_ids), work.held_characters)
+    metrics |= {"train_tokens": len(work.train_ids), "held_out_tokens": len(work.held_ids)}
+    metrics |= {"steps": int(fitted.state.step), "stopped": fitted.stopped, "sample": sample}
+    if jax.process_index() == 0:
+        _export(model, work, out)
+        written(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
+    return LanguageModelled(model, work.tokenizer, metrics, sample, fitted.history, fitted.stopped, out / "model")
+
+
+def _export(model: Any, work: Work, out: Path) -> None:
+    """`model`, and of a family that transformers has `exported`: the tokenizer lies in both."""
+    import converters
+    from converters.families import FAMILIES
+
+    tokenizer = out / "tokenizer.json"
+    save(model, out / "model", extras={tokenizer.name: tokenizer})
+    if model.config.family not in FAMILIES:
+        return
+    path = out / "exported"
+    converters.export(model, path, work.origin)
+    if not (path / tokenizer.name).is_file():
+        written(path / tokenizer.name, tokenizer.read_bytes())
+        written(path / "tokenizer_config.json", json.dumps(work.tokenizer_config, indent=2).encode())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: see `--help`."""
+    args = command_line().parse_args(argv)
+    options = gathered(args, Options)
+    own = training_for(options, args.source)
+    for name in ("learning_rate", "batch_size", "clip_norm", "patience"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(own, name))
+    if args.epochs is None and args.steps is None:
+        args.epochs, args.steps = own.epochs, own.steps
+    said = language_model(
+        args.texts,
+        out=args.out,
+        source=args.source,
+        shape=gathered(args, Shape),
+        options=options,
+        training=training_of(args),
+    )
+    if jax.process_index() == 0:
+        print(_last(said.metrics, said.path, said.sample))
+
+
+def _last(metrics: dict[str, Any], path: Path, sample: str) -> str:
+    loss, bigram = metrics["loss"], metrics["bigram_entropy"]
+    where = "below" if loss < bigram else "not below"
+    says = [f"the model says:\n{sample}"] if sample else []
+    return "\n".join(
+        [
+            *says,
+            f"written: {path}",
+            f"bits a character: {metrics['bits_per_character']:.4f}",
+            f"held-out entropy: unigram {metrics['unigram_entropy']:.4f}, bigram {bigram:.4f} nats a token",
+            f"held-out loss: {loss:.4f} nats a token, {where} the bigram entropy",
+        ]
+    )
+
+
+def command_line() -> argparse.ArgumentParser:
+    """All that can be said."""
+    model = Options().model
+    own, own_training = preset(model, "small"), training_for(Options())
+    said = (
+        "Trains a causal language model on any text. Sizes, batch, rate and length of training are the model's own"
+        f" where they are not given: of {model}, {own.steps} batches of {own.batch_size} rows of {own.length} tokens"
+        f" at a rate of {own.learning_rate:g}. It is evaluated {EVALUATIONS} times, if --evaluate-every does not say, and"
+        f" stops after {own_training.patience} without a better one, if --patience does not (but --quick and --original)."
+    )
+    made = parser("language_model", said, learning_rate=None, batch_size=None, clip_norm=None)
+    made.add_argument("texts", nargs="+", metavar="TEXT", help="a file in UTF-8, or a directory of them")
+    made.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        help="a model to go on with (Hugging Face's or ours), with tokenizer.json",
+    )
+    add_options(made, "text and training", Options)
+    add_options(made, "a new model (where not given: the size's own)", Shape)
+    return made
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(main))
