@@ -18,7 +18,8 @@ FRAMES = (
 )
 # What it may need behind it: nothing, the body of a header, or what a decorator is put on.
 TAILS = ("", "\n{0} pass", "\n{0}def f(): pass")
-PLACES = [(frame, tail.format(re.search(r" *(?=[{]0)", frame)[0])) for frame in FRAMES for tail in TAILS]
+INDENTS = {frame: " " * (len(head := frame.partition("{0}")[0]) - len(head.rstrip(" "))) for frame in FRAMES}
+PLACES = [(frame, tail.format(INDENTS[frame])) for frame in FRAMES for tail in TAILS]
 KINDS = (
     ("comment", r"#"),
     ("import", r"(import|from)\b"),

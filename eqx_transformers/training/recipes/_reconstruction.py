@@ -96,7 +96,7 @@ def _batch(ids: Ids, padding_id: int) -> dict[str, np.ndarray]:
 
 
 @eqx.filter_jit
-def _encoded(model: Any, ids: Array, mask: Array) -> Float[Array, "rows codes size"]:
+def _encoded(model: Any, ids: Array | np.ndarray, mask: Array | np.ndarray) -> Float[Array, "rows codes size"]:
     return jax.vmap(lambda ids, mask: model.encode(ids, attention_mask=mask))(ids, mask)
 
 

@@ -270,8 +270,8 @@ def command_line() -> argparse.ArgumentParser:
     said = (
         "Trains a causal language model on any text. Sizes, batch, rate and length of training are the model's own"
         f" where they are not given: of {model}, {own.steps} batches of {own.batch_size} rows of {own.length} tokens"
-        f" at a rate of {own.learning_rate:g}. It is evaluated {EVALUATIONS} times, if --evaluate-every does not say, and"
-        f" stops after {own_training.patience} without a better one, if --patience does not (but --quick and --original)."
+        f" at a rate of {own.learning_rate:g}. It is evaluated {EVALUATIONS} times, and stops after"
+        f" {own_training.patience} without a better one, where no option says otherwise (--quick and --original never)."
     )
     made = parser("language_model", said, learning_rate=None, batch_size=None, clip_norm=None)
     made.add_argument("texts", nargs="+", metavar="TEXT", help="a file in UTF-8, or a directory of them")
