@@ -11,6 +11,11 @@ from .corruption import (
     mask_tokens as mask_tokens,
 )
 from .data import Batches as Batches, BatchIterator as BatchIterator
+from .entropy import (
+    bigram_entropy as bigram_entropy,
+    bits_per_character as bits_per_character,
+    unigram_entropy as unigram_entropy,
+)
 from .history import History as History, Log as Log, plot_curves as plot_curves
 from .loop import Fitted as Fitted, NotFinite as NotFinite, fit as fit
 from .losses import (

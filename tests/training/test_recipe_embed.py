@@ -127,6 +127,7 @@ def nudged(model, loss, batches, training, out, *, trains, **_):
     return Fitted(state, History(), "steps")
 
 
+@pytest.mark.full
 def test_single_texts_and_adapters(folder, tmp_path, capsys, monkeypatch):
     """SimCSE, on the queries and values alone: all else is written as it was read."""
     import converters

@@ -95,6 +95,7 @@ def test_transformers_says_the_same_with_what_is_written(whole):
     assert tokenizer.mask_token == "<mask>" and tokenizer.pad_token_id == model.config.pad_token_id == 1
 
 
+@pytest.mark.full
 def test_going_on_with_it_begins_where_it_ended(folder, whole, tmp_path, capsys):
     """The same tokens of the same texts are hidden, of what was written and of what is read."""
     first = json.loads((whole / "metrics.json").read_text())["after"]

@@ -23,8 +23,10 @@ from ._options import Training
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA's options: `alpha` is twice the rank, where none is given; `targets` are patterns of paths, at or below
-    which every linear layer gets one."""
+    """LoRA's options: `alpha` is twice the rank, where none is given.
+
+    `targets` are patterns of paths, at or below which every linear layer gets an adapter.
+    """
 
     rank: int
     alpha: float | None = None

@@ -221,7 +221,10 @@ def _export(model: Any, work: Work, out: Path) -> None:
         return
     path = out / "exported"
     converters.export(model, path, work.origin)
-    if not (path / tokenizer.name).is_file():
+    if work.origin is None:
+        # None of the tokens begins or ends a text, as those of the reference's defaults would.
+        facts = json.loads((path / "config.json").read_bytes()) | {"bos_token_id": None, "eos_token_id": None}
+        written(path / "config.json", json.dumps(facts, indent=2).encode())
         written(path / tokenizer.name, tokenizer.read_bytes())
         written(path / "tokenizer_config.json", json.dumps(work.tokenizer_config, indent=2).encode())
 

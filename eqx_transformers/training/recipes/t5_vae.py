@@ -58,8 +58,8 @@ def t5_vae(
 
     `t5` is a directory of a T5 to begin with; without it a small one is drawn. In `out` are afterwards: `model` (the
     native format, with the tokenizer), for codes of the first tokens `exported` too (the published T5-VAE's format),
-    `tokenizer.json`, `metrics.json`, `interpolations.txt`, `latents.png`, of Python `kinds.png`, `log.jsonl`,
-    `curves.png`, `checkpoints`. A second call goes on where the first one stopped.
+    `tokenizer.json`, `metrics.json`, `interpolations.txt`, the pictures `latents.png` and, of Python, `kinds.png`,
+    `log.jsonl`, `curves.png` and `checkpoints`. A second call goes on where the first one stopped.
 
     Raises a `DataError` or `WrongUsage` for lines and options that cannot be meant. `Reconstruction` says what is
     measured.
