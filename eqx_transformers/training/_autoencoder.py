@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..nn._dtypes import wider
 from ._rows import Batch, Found, Key, by_row, counting, decoder_reads, row_weights, share_right, told
 from .losses import cross_entropy
-from .regularisers import ORIGINAL, AbstractKernel, _squared_distances, logistic_weight, reconstruction_loss
+from .regularisers import ORIGINAL, AbstractKernel, kl, logistic_weight, mmd_to_prior, reconstruction_loss
 
 
 def autoencoder_loss(
@@ -81,35 +80,8 @@ def _divergence(
     free_bits: int | float,
 ) -> Float[Array, ""]:
     if regulariser == "mmd":
-        return _mmd(output.latents, weights, key, kernel, per_token)
+        return mmd_to_prior(output.latents, key=key, per_token=per_token, kernel=kernel, weights=weights)
     mean, log_variance, _ = output.posterior
     if log_variance is None:
         raise ValueError('regulariser = "kl" is of codes that are drawn, but this T5VAE is not variational: "mmd".')
-    mean, log_variance = _wide(mean, weights), _wide(log_variance, weights)
-    each = (jnp.square(mean) + (jnp.expm1(log_variance) - log_variance)) / 2
-    # By row: those that fill the shape have no part in the mean over the batch, before free_bits are given.
-    average = jnp.tensordot(weights, each, 1) / jnp.maximum(weights.sum(), 1)
-    return jnp.maximum(average, free_bits).sum()
-
-
-def _mmd(
-    latents: Float[Array, "rows tokens size"],
-    weights: Array,
-    key: PRNGKeyArray,
-    kernel: AbstractKernel,
-    per_token: bool,
-) -> Float[Array, ""]:
-    """`mmd_to_prior` of the rows that count."""
-    rows, tokens, size = latents.shape
-    shape = (rows * tokens, size) if per_token else (rows, tokens * size)
-    x = _wide(latents, weights).reshape(shape)
-    y = jax.random.normal(key, shape, x.dtype)
-    share = (jnp.repeat(weights, tokens) if per_token else weights).astype(x.dtype)
-    share = share / jnp.maximum(share.sum(), 1)
-    mean = lambda a, b: share @ kernel.minus_one(_squared_distances(a, b), shape[1]) @ share
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
-
-
-def _wide(x: Float[Array, "rows codes size"], weights: Float[Array, " rows"]) -> Float[Array, "rows codes size"]:
-    """In float32 at least, and zero in rows that do not count."""
-    return jnp.where(jnp.broadcast_to(weights[:, None, None] > 0, x.shape), x.astype(wider(x.dtype, jnp.float32)), 0)
+    return kl(mean, log_variance, free_bits=free_bits, weights=weights)

@@ -88,12 +88,7 @@ def mmd(
     Source: Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13, lemma 6.
     """
     _expect_samples(x, y, 2 if unbiased else 1)
-    dtype = wider(x.dtype, y.dtype, jnp.float32)
-    x, y = x.astype(dtype), y.astype(dtype)
-    # The ones of the three means cancel, and a vector's pair with itself adds nothing to k - 1.
-    total = lambda a, b: kernel.minus_one(_squared_distances(a, b), a.shape[-1]).sum()
-    own = lambda a: total(a, a) / (len(a) * (len(a) - unbiased))
-    return own(x) + own(y) - 2 * (total(x, y) / (len(x) * len(y)))
+    return _discrepancy(x, y, kernel, unbiased, None)
 
 
 def mmd_to_prior(
@@ -104,13 +99,15 @@ def mmd_to_prior(
     per_token: bool = False,
     kernel: AbstractKernel = ORIGINAL,
     unbiased: bool = False,
+    weights: Float[Array | np.ndarray, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """`mmd` of latents and a draw from the standard normal: as many vectors with `key`, or those of `noise`.
 
     A sequence is one sample, `tokens * size` wide; `per_token` makes each of its latent tokens one, `size` wide, in
     the order of the batch. Flat is as the PyTorch T5-VAE has it; token by token, nothing is said of how the tokens of
-    one sequence go together. Raises a `ValueError` unless there is a `key` or a `noise`, and not both, and where the
-    shapes do not fit.
+    one sequence go together. `weights` say how much each sequence counts, and the draw at its place: those of 0, which
+    fill a batch, have no effect, be they NaN. Raises a `ValueError` unless there is a `key` or a `noise`, and not both,
+    and where the shapes do not fit.
     """
     if latents.ndim != 3:
         raise ValueError(f"latents must be (batch, tokens, size), but they are {latents.shape}.")
@@ -120,14 +117,22 @@ def mmd_to_prior(
         noise = jax.random.normal(key, samples.shape, wider(latents.dtype, jnp.float32))
     elif key is not None or noise is None:
         raise ValueError("mmd_to_prior needs a draw from the prior: give key or noise, one of them.")
-    return mmd(samples, noise, kernel, unbiased=unbiased)
+    _expect_samples(samples, noise, 2 if unbiased else 1)
+    if weights is None:
+        return _discrepancy(samples, noise, kernel, unbiased, None)
+    _expect_weights(weights, batch)
+    if len(noise) != len(samples):
+        raise ValueError(f"weights count draws too: {len(samples)} are needed, but noise has {len(noise)}.")
+    share = jnp.repeat(jnp.asarray(weights), tokens) if per_token else jnp.asarray(weights)
+    return _discrepancy(samples, noise, kernel, unbiased, share)
 
 
 def kl(
     mean: Float[Array, "batch *dims"],
     log_variance: Float[Array, "batch *dims"],
     *,
-    free_bits: float | Float[Array, ""] = 0.0,
+    free_bits: int | float | Float[Array, ""] = 0.0,
+    weights: Float[Array | np.ndarray, " batch"] | None = None,
 ) -> Float[Array, ""]:
     r"""$\sum_j \max(\lambda, \overline{\mathrm{KL}_j})$ nats a sequence, from $N(\mu, \sigma^2)$ to $N(0, 1)$.
 
@@ -135,6 +140,7 @@ def kl(
     goes over all numbers of a sequence's latents. $\lambda$ is `free_bits`: a dimension that costs less is not pressed
     further, which keeps it from carrying nothing. Its mean over the batch counts, not each sequence for itself, so
     that a dimension may be spent on few of them. With 0, the result is the mean of the sequences' divergences.
+    `weights` say how much each sequence counts in it: those of 0, which fill a batch, have no effect, be they NaN.
 
     Computed in float32 at least. Raises a `ValueError` where the shapes differ, or `free_bits` is a number below zero.
     Source: Kingma et al. 2016, arXiv:1606.04934 (its groups are the single dimensions here).
@@ -144,8 +150,13 @@ def kl(
         raise ValueError(f"free_bits = {free_bits} must be at least 0, in nats: what a dimension costs at least.")
     dtype = wider(mean.dtype, log_variance.dtype, jnp.float32)
     mean, log_variance = mean.astype(dtype), log_variance.astype(dtype)
+    if weights is not None:
+        _expect_weights(weights, len(mean))
+        weights = jnp.asarray(weights, dtype)
+        mean, log_variance = _counted(mean, weights), _counted(log_variance, weights)
     each = (jnp.square(mean) + (jnp.expm1(log_variance) - log_variance)) / 2
-    return jnp.maximum(each.mean(0), jnp.asarray(free_bits, dtype)).sum()
+    average = each.mean(0) if weights is None else jnp.tensordot(weights, each, 1) / _some(weights.sum())
+    return jnp.maximum(average, jnp.asarray(free_bits, dtype)).sum()
 
 
 def reconstruction_loss(
@@ -182,6 +193,44 @@ def logistic_weight(
     other numbers, `functools.partial(logistic_weight, slope=..., offset=...)` is. The defaults are the T5-VAE's.
     """
     return jax.nn.sigmoid(jnp.asarray(step, jnp.float32) * slope - offset)
+
+
+def _discrepancy(
+    x: Float[Array, "samples dim"],
+    y: Float[Array, "others dim"],
+    kernel: AbstractKernel,
+    unbiased: bool,
+    weights: Float[Array, " samples"] | None,
+) -> Float[Array, ""]:
+    """`mmd`, where the vectors count as `weights` say, in both sets alike."""
+    dtype = wider(x.dtype, y.dtype, jnp.float32)
+    x, y = x.astype(dtype), y.astype(dtype)
+    # The ones of the three means cancel, and a vector's pair with itself adds nothing to k - 1.
+    pairs = lambda a, b: kernel.minus_one(_squared_distances(a, b), a.shape[-1])
+    if weights is None:
+        own = lambda a: pairs(a, a).sum() / (len(a) * (len(a) - unbiased))
+        return own(x) + own(y) - 2 * (pairs(x, y).sum() / (len(x) * len(y)))
+    weights = weights.astype(dtype)
+    x, y = _counted(x, weights), _counted(y, weights)
+    total = lambda a, b: weights @ pairs(a, b) @ weights
+    both = jnp.square(weights.sum())
+    others = both - jnp.square(weights).sum() if unbiased else both
+    return (total(x, x) + total(y, y)) / _some(others) - 2 * total(x, y) / _some(both)
+
+
+def _counted(x: Float[Array, "rows *dims"], weights: Float[Array, " rows"]) -> Float[Array, "rows *dims"]:
+    """Zero in rows that do not count: what is dropped after a product with 0 may have been NaN."""
+    return jnp.where(weights.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, jnp.zeros((), x.dtype))
+
+
+def _some(total: Float[Array, ""]) -> Float[Array, ""]:
+    """What can be divided by: 1 where nothing counts."""
+    return jnp.where(total > 0, total, jnp.ones((), total.dtype))
+
+
+def _expect_weights(weights: Array | np.ndarray, batch: int) -> None:
+    if weights.shape != (batch,):
+        raise ValueError(f"weights must have one entry a sequence, {batch}, but they are {weights.shape}.")
 
 
 def _squared_distances(x: Float[Array, "samples dim"], y: Float[Array, "others dim"]) -> Float[Array, "samples others"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..nn._dtypes import wider
 from ..surgery import Selection
@@ -93,9 +93,8 @@ class Updater(eqx.Module):
         norm = _norm(gradient)
         finite = jnp.isfinite(told.value) & jnp.isfinite(norm)
         old = trained, state.optimizer_state
-        new = self._stepped(gradient, norm, told.value, *old)
-        if self.skip_nonfinite:
-            new = jax.tree.map(lambda x, y: jnp.where(finite, x, y) if eqx.is_array(x) else x, new, old)
+        stepped = lambda old: self._stepped(gradient, norm, told.value, *old)
+        new = _where(finite, stepped, old) if self.skip_nonfinite else stepped(old)
         skipped = state.skipped + (~finite & self.skip_nonfinite).astype(jnp.int32)
         model = eqx.combine(new[0], frozen)
         said = {"loss": told.value, "gradient_norm": norm, "weight": told.weight, "tokens": told.tokens}
@@ -200,6 +199,16 @@ def _mask(trains: Any, model: Any) -> Any:
             " make one."
         )
     return mask
+
+
+def _where(so: Bool[Array, ""], change: Callable[[Any], Any], old: Any) -> Any:
+    """`change(old)`, or `old` where it is not so.
+
+    By a branch: to choose between all numbers of both, the compiler would copy the old ones that are donated.
+    """
+    arrays, rest = eqx.partition(old, eqx.is_array)
+    changed = lambda arrays: eqx.filter(change(eqx.combine(arrays, rest)), eqx.is_array)
+    return eqx.combine(jax.lax.cond(so, changed, lambda arrays: arrays, arrays), rest)
 
 
 def _norm(tree: Any) -> Float[Array, ""]:

@@ -214,6 +214,33 @@ def test_a_noise_may_be_more_vectors_than_the_latents():
     )
 
 
+WEIGHTS = np.array([1, 0, 1, 1], np.float32)
+STAYS = np.flatnonzero(WEIGHTS)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("per_token", [False, True], ids=["flat", "per token"])
+def test_a_sequence_without_weight_is_not_there(per_token, unbiased):
+    noise = f32(12, 5) if per_token else f32(4, 15)
+    options = {"per_token": per_token, "kernel": RBF(), "unbiased": unbiased}
+    broken = LATENTS.at[1].set(jnp.nan)
+    call = jax.value_and_grad(lambda x: mmd_to_prior(x, noise=noise, weights=WEIGHTS, **options))
+    found, slope = call(broken)
+    there = noise.reshape(4, -1)[STAYS].reshape(-1, noise.shape[1])
+    alone, its = jax.value_and_grad(lambda x: mmd_to_prior(x, noise=there, **options))(LATENTS[STAYS])
+    np.testing.assert_allclose(found, alone, **NEAR)
+    np.testing.assert_allclose(slope[STAYS], its, **NEAR)
+    assert not slope[1].any()
+    assert mmd_to_prior(broken, noise=noise, weights=np.zeros(4, np.float32), **options) == 0
+
+
+def test_two_of_one_are_one_that_counts_twice():
+    noise = f32(3, 15)
+    twice = mmd_to_prior(LATENTS[:3], noise=noise, weights=np.array([1, 2, 1], np.float32))
+    both = mmd_to_prior(LATENTS[np.array([0, 1, 1, 2])], noise=noise[np.array([0, 1, 1, 2])])
+    np.testing.assert_allclose(twice, both, **NEAR)
+
+
 # ---- variational
 
 MEAN, LOG_VARIANCE = f32(4, 3, 5), f32(4, 3, 5)
@@ -238,6 +265,15 @@ def test_kl_is_that_of_a_loop_and_no_dimension_counts_less_than_its_free_bits(fr
     assert expected == 15 * 50 if free_bits == 50 else expected > 0
     assert free_bits != 0.6 or kl_looped(MEAN, LOG_VARIANCE, 0.0) < expected  # so that some are below, not all
     assert free_bits != 0.6 or expected > 15 * 0.6
+
+
+def test_kl_of_a_sequence_without_weight_is_not_there():
+    broken = MEAN.at[1].set(jnp.nan)
+    call = jax.value_and_grad(lambda mean, **given: kl(mean, LOG_VARIANCE[: len(mean)], free_bits=0.6, **given))
+    found, slope = call(broken, weights=WEIGHTS)
+    expected = kl_looped(MEAN[STAYS], LOG_VARIANCE[STAYS], 0.6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.isfinite(slope).all() and not slope[1].any() and slope[0].any()
 
 
 def test_kl_by_sampling_is_the_same():
@@ -359,6 +395,11 @@ REFUSED = {
     "variances": (lambda: kl(MEAN, LOG_VARIANCE[:1]), r"mean and log_variance must have one shape, .* \(1, 3, 5\)"),
     "free bits": (lambda: kl(MEAN, LOG_VARIANCE, free_bits=-0.1), "free_bits = -0.1 must be at least 0, in nats"),
     "draw": (lambda: reparameterised(MEAN, LOG_VARIANCE[0], key=KEY), "mean and log_variance must have one shape"),
+    "weights": (lambda: kl(MEAN, LOG_VARIANCE, weights=WEIGHTS[:3]), r"one entry a sequence, 4, but they are \(3,\)"),
+    "too many draws": (
+        lambda: mmd_to_prior(LATENTS, noise=f32(9, 15), weights=WEIGHTS),
+        "weights count draws too: 4 are needed, but noise has 9",
+    ),
     "rebuilt": (lambda: reconstruction_loss(STATES, REBUILT[:, :1]), "states and rebuilt must have one shape"),
     "mask": (lambda: reconstruction_loss(STATES, REBUILT, REAL[0]), r"mask must have the shape \(2, 4\), .* is \(4,\)"),
 }

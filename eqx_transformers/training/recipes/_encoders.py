@@ -1,27 +1,27 @@
-"""An encoder and the texts that it reads: loaded, held out and put into batches; and the model that a run ends with."""
+"""A model and the texts that it reads: loaded, held out, tokenized and put into batches."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from ..batching import AbstractLayout, Buckets
-from ..checkpoint import Checkpoints
 from ..data import Batches
-from ..loop import Fitted
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
 from ._lines import is_held_out
-from ._options import Training, WrongUsage
-from ._tuned import gathered
+from ._options import WrongUsage
 
 LONGEST = 128  # tokens, where the model has room for more and nothing is said
 Path_ = str | PathLike[str]
+
+
+def several(paths: Path_ | Sequence[Path_]) -> list[Path_]:
+    """One path or several, as several."""
+    return [paths] if isinstance(paths, str | PathLike) else list(paths)
 
 
 def read(paths: Sequence[Path_], text: str | tuple[str, str]) -> Records:
@@ -58,34 +58,41 @@ def loaded(source: Path_, head: type, seed: int) -> tuple[Any, Any, str]:
     return model, origin, f"{head.__name__} of {source}{', new: ' if new else ''}{', '.join(new)}"
 
 
-def limit(model: Any, max_length: int | None) -> int:
-    """How many tokens a text may have."""
-    room = model.backbone.embedding.room
-    if max_length is not None and max_length > room:
-        raise WrongUsage(f"--max-length {max_length} is more than the {room} tokens that the model has room for.")
-    return min(LONGEST, room) if max_length is None else max_length
+def limit(model: Any, given: int | None, longest: int = LONGEST, option: str = "--max-length") -> int:
+    """How many tokens a text may have: what is given; else what the model's table of positions has room for, and
+    `longest` at most. Raises a `WrongUsage` for more than there is room for.
+    """
+    room = model.backbone.room
+    if given is not None and room is not None and given > room:
+        raise WrongUsage(f"{option} {given} is more than the {room} tokens that the model has room for.")
+    return min(longest, room or longest) if given is None else given
+
+
+def expect_known(ids: Int[np.ndarray, " tokens"], vocab_size: int) -> None:
+    """Raises a `DataError` for a token that the model has no row for."""
+    if ids.max() >= vocab_size:
+        raise DataError(
+            f"The tokenizer gives the token {ids.max()}, but the model's vocabulary has {vocab_size}: is"
+            " tokenizer.json of another model?"
+        )
 
 
 def tokenized(texts: Sequence[str], tokenizer: Any, vocab_size: int, max_length: int) -> TokenizedTexts:
     """Single texts, cut to `max_length`. Raises a `DataError` for a token that the model has no row for."""
     tokens = tokenize(texts, tokenizer, max_length=max_length)
-    if tokens.ids.max() >= vocab_size:
-        raise DataError(
-            f"The tokenizer gives the token {tokens.ids.max()}, but the model's vocabulary has {vocab_size}: is"
-            " tokenizer.json of another model?"
-        )
+    expect_known(tokens.ids, vocab_size)
     return TokenizedTexts(tokens.ids, tokens.offsets, truncated=tokens.truncated)  # one text each: no types
 
 
-def shuffled(texts: TokenizedTexts, layout: AbstractLayout, model: Any, seed: int, **options: Any) -> Batches:
+def shuffled(texts: TokenizedTexts, layout: AbstractLayout, config: Any, seed: int, **options: Any) -> Batches:
     """Endless, of this process's rows."""
     process = jax.process_index(), jax.process_count()
-    return Batches(texts, layout, padding_id=_padding(model), seed=seed, process=process, **options)
+    return Batches(texts, layout, padding_id=_padding(config), seed=seed, process=process, **options)
 
 
-def in_order(texts: TokenizedTexts, layout: AbstractLayout, model: Any, **options: Any) -> Batches:
+def in_order(texts: TokenizedTexts, layout: AbstractLayout, config: Any, **options: Any) -> Batches:
     """Once, and the same every time."""
-    return Batches(texts, layout, padding_id=_padding(model), shuffle=False, epochs=1, **options)
+    return Batches(texts, layout, padding_id=_padding(config), shuffle=False, epochs=1, **options)
 
 
 def same_lengths(texts: TokenizedTexts, rows: int, batches: Batches) -> Buckets:
@@ -95,37 +102,10 @@ def same_lengths(texts: TokenizedTexts, rows: int, batches: Batches) -> Buckets:
     return Buckets(rows, lengths=(*(n for n in lengths if n < last), last))
 
 
-def final(fitted: Fitted, training: Training, out: Path, best: tuple[str, str], mesh: Any) -> Any:
-    """The model of the checkpoint that was best on what is held out, whole on every device."""
-    metric, mode = best
-    with Checkpoints(
-        out / "checkpoints", keep=training.keep, best=metric, mode="max" if mode == "max" else "min"
-    ) as checkpoints:
-        found = checkpoints.restore(fitted.state, best=True)
-    model = fitted.state.model if found is None else found.state.model
-    return model if mesh is None else gathered(model, mesh)
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """What the library says of an option that makes no sense, as the command's own error."""
-    try:
-        yield
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise WrongUsage(str(error)) from error
-
-
 def improved(name: str, before: dict[str, float], after: dict[str, float], metric: str) -> str:
     """A line for the user."""
     return f"held-out {name}: {after[metric]:.3f} (was {before[metric]:.3f})"
 
 
-def expect_share(name: str, share: float) -> None:
-    if not 0 < share < 1:
-        raise WrongUsage(f"{name} {share} must be a share between 0 and 1.")
-
-
-def _padding(model: Any) -> int:
-    return model.config.padding_id or 0
+def _padding(config: Any) -> int:
+    return config.padding_id or 0

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from .. import metrics
 from .._rows import INPUTS, by_row
-from ..batching import Buckets
 from ..data import Batches
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
+from . import _encoders as encoders
 
 
 class Labelled(NamedTuple):
@@ -54,11 +54,7 @@ def tokenized(records: Records, tokenizer: Any, config: Any, max_length: int | N
     Raises a `DataError` for a token that the model has no row for, which is another model's tokenizer.
     """
     tokens = tokenize(records.texts, tokenizer, max_length=max_length, place=records.place)
-    if tokens.ids.max() >= config.vocab_size:
-        raise DataError(
-            f"The tokenizer gives the token {tokens.ids.max()}, but the model's vocabulary has {config.vocab_size}: is"
-            " tokenizer.json of another model?"
-        )
+    encoders.expect_known(tokens.ids, config.vocab_size)
     is_pair = not isinstance(records.texts[0], str)
     if not is_pair or getattr(config, "token_types", 0) < 2:
         tokens = TokenizedTexts(tokens.ids, tokens.offsets, truncated=tokens.truncated)
@@ -83,26 +79,6 @@ def split(labels: Int[np.ndarray, " texts"], share: float, seed: int) -> tuple[n
             " every class some must be kept, and some texts held out. Give another share, or a file."
         )
     return kept, np.flatnonzero(held)
-
-
-def training_batches(texts: Labelled, layout: Buckets, config: Any, **options: Any) -> Batches:
-    """Endless, shuffled."""
-    return Batches(texts.tokens, layout, padding_id=_padding(config), columns={"labels": texts.labels}, **options)
-
-
-def scored_batches(texts: Labelled, rows: int, lengths: Sequence[int], config: Any) -> Batches:
-    """Once and in order, padded to lengths that there are programs of already."""
-    longest = int(texts.tokens.lengths.max())
-    padded = tuple(
-        sorted({n for n in lengths if n < longest} | {min((n for n in lengths if n >= longest), default=longest)})
-    )
-    columns = {"labels": texts.labels, "places": np.arange(len(texts.labels))}
-    layout = Buckets(rows, lengths=padded)
-    return Batches(texts.tokens, layout, padding_id=_padding(config), columns=columns, shuffle=False, epochs=1)
-
-
-def _padding(config: Any) -> int:
-    return getattr(config, "padding_id", None) or 0
 
 
 @eqx.filter_jit

@@ -22,7 +22,7 @@ from ..text import DataError, read_text
 from ..vocabularies import load_tokenizer, train_tokenizer
 from . import _encoders as encoders
 from ._language_models import MODELS, OPTIMIZERS, Preset, Shape, config_of, preset
-from ._options import Training, WrongUsage, option
+from ._options import Training, WrongUsage, expect_share, option
 
 SPECIAL = ("<pad>", "<unk>")
 BPE_SIZE = 1000
@@ -63,7 +63,7 @@ class Options:
     dump: str | None = option(None, "write the step's jaxpr and HLO there", metavar="DIR")
 
     def __post_init__(self):
-        encoders.expect_share("--hold-out", self.hold_out)
+        expect_share("--hold-out", self.hold_out)
         least = {"length": 2, "evaluate_batches": 1, "sample_every": 0, "sample_tokens": 0}
         for name, smallest in least.items():
             given = getattr(self, name)
@@ -265,12 +265,9 @@ def _tokenizer(options: Options, text: str, at: int, out: Path, own: Any) -> Any
 
 
 def _length(options: Options, sizes: Preset, given: Any) -> int:
-    room = None if given is None else getattr(given.backbone, "room", None)
-    if options.length is None:
-        return min(sizes.length, room or sizes.length)
-    if room is not None and options.length > room:
-        raise WrongUsage(f"--length {options.length} is more than the {room} tokens that the model has room for.")
-    return options.length
+    if given is None:
+        return options.length or sizes.length
+    return encoders.limit(given, options.length, sizes.length, "--length")
 
 
 def _expect_tokens(train: Any, held: Any, given: Any, options: Options) -> None:
@@ -279,8 +276,5 @@ def _expect_tokens(train: Any, held: Any, given: Any, options: Options) -> None:
             f"There are {len(train)} tokens to train on and {len(held)} held out, too few: give more text, or another"
             f" --hold-out than {options.hold_out}."
         )
-    if given is not None and (highest := max(train.max(), held.max())) >= given.config.vocab_size:
-        raise DataError(
-            f"The tokenizer gives the token {highest}, but the model's vocabulary has {given.config.vocab_size}: is"
-            " tokenizer.json of another model?"
-        )
+    if given is not None:
+        encoders.expect_known(np.concatenate([train, held]), given.config.vocab_size)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from ._encoders import LONGEST, expect_share
-from ._options import WrongUsage, option
+from ._encoders import LONGEST
+from ._options import WrongUsage, expect_share, option
 
 
 @dataclass(frozen=True, kw_only=True)

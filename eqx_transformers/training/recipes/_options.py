@@ -5,15 +5,37 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..._files import writing
 
+# Of `Training`, what may differ when a run goes on: who runs it, and what is only looked at.
+UNSETTLED = ("progress", "coordinator", "process")
+
 
 class WrongUsage(ValueError):
     """The options make no sense, alone or together."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What the library says of an option that makes no sense, as the command's own error."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise WrongUsage(str(error)) from error
+
+
+def expect_share(name: str, share: float) -> None:
+    """Raises `WrongUsage` for what is no share of something."""
+    if not 0 < share < 1:
+        raise WrongUsage(f"{name} {share} must be a share between 0 and 1.")
 
 
 def option(default: Any, said: str, **more: Any) -> Any:
@@ -109,6 +131,17 @@ def gathered(args: argparse.Namespace, record: type) -> Any:
 def training(args: argparse.Namespace) -> Training:
     """The options of a command line as fields."""
     return gathered(args, Training)
+
+
+def settings_of(*records: Any, without: Iterable[str] = ()) -> dict[str, Any]:
+    """All that a run that goes on must agree with, of these dataclasses."""
+    left_out = {*UNSETTLED, *without}
+    return {name: x for record in records for name, x in asdict(record).items() if name not in left_out}
+
+
+def absolute(path: Any) -> str | None:
+    """A path as the settings of a run have it."""
+    return None if path is None else str(Path(path).absolute())
 
 
 def settle(out: Path, settings: dict[str, Any]) -> None:

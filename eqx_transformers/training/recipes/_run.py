@@ -4,13 +4,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ...serialisation import FormatError
 from ...sharding import make_mesh, rules_for, shard, shard_batch, start_processes
+from .._memory import keep_freed
 from ..callbacks import EarlyStop
 from ..checkpoint import CheckpointError, Checkpoints
 from ..data import Batches
@@ -20,6 +23,8 @@ from ..schedules import warmup_linear
 from ..text import DataError
 from ..updater import TrainState, Updater
 from ._options import Training, WrongUsage
+
+Best = tuple[str, Literal["min", "max"]]  # a metric that is evaluated, and which of its values is best
 
 
 def command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
@@ -38,6 +43,12 @@ def command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def program(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Runs a recipe as a program of its own."""
+    keep_freed()
+    raise SystemExit(command(main))
 
 
 def begin(training: Training) -> Any:
@@ -69,7 +80,7 @@ def train(
     mesh: Any = None,
     trains: Any = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
-    best: tuple[str, Literal["min", "max"]] = ("loss", "min"),
+    best: Best = ("loss", "min"),
     optimizer: Any = None,
     schedule: Any = None,
     callbacks: Iterable[Any] = (),
@@ -101,8 +112,7 @@ def train(
     place = (lambda batch: batch) if mesh is None else lambda batch: shard_batch(batch, mesh)
     if look is not None:
         look(updater, state)
-    metric, mode = best
-    with Checkpoints(out / "checkpoints", keep=training.keep, best=metric, mode=mode) as checkpoints:
+    with _checkpoints(out, training, best) as checkpoints:
         return fit(
             updater,
             state,
@@ -114,9 +124,32 @@ def train(
             evaluate_every=None if evaluate is None else training.evaluate_every or per_epoch,
             checkpoints=checkpoints,
             checkpoint_every=training.checkpoint_every or training.evaluate_every or per_epoch,
-            stop=None if training.patience is None else EarlyStop(metric, mode, training.patience),
+            stop=None if training.patience is None else EarlyStop(*best, training.patience),
             log=out / "log.jsonl",
             plot=out / "curves.png",
             callbacks=tuple(callbacks),
             progress=training.progress,
         )
+
+
+def final(fitted: Fitted, training: Training, out: Path, best: Best | None, mesh: Any) -> Any:
+    """The model of the checkpoint that was best on what is held out, or the last one; whole on every device."""
+    state = fitted.state
+    if best is not None:
+        with _checkpoints(out, training, best) as checkpoints:
+            found = checkpoints.restore(state, best=True)
+        state = state if found is None else found.state
+    model = state.model
+    return model if mesh is None else whole(model, mesh)
+
+
+def whole(model: Any, mesh: Any) -> Any:
+    """With every array whole on every device, for files."""
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return eqx.combine(gather(arrays), rest)
+
+
+def _checkpoints(out: Path, training: Training, best: Best) -> Checkpoints:
+    metric, mode = best
+    return Checkpoints(out / "checkpoints", keep=training.keep, best=metric, mode=mode)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ...models.heads import SequenceClassifier
 from ...surgery import Selection, adapter_mask, add_adapter, layer_rates, scale_by_rates, select
@@ -116,13 +115,6 @@ def optimizer(model: Any, training: Training, steps: int, layer_decay: float | N
         "optimizer": optax.chain(adamw(rates, weight_decay=training.weight_decay), slower),
         "schedule": rates,
     }
-
-
-def gathered(model: Any, mesh: Any) -> Any:
-    """With every array whole on every device, for files."""
-    arrays, rest = eqx.partition(model, eqx.is_array)
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return eqx.combine(whole(arrays), rest)
 
 
 def export(model: Any, path: Path, made: Ready) -> None:

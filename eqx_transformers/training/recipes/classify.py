@@ -10,8 +10,7 @@ the checkpoint that is best on them is the final model.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +22,19 @@ from ..._files import written
 from ...pictures import confusion_picture
 from .. import metrics
 from ..batching import Buckets
-from ..checkpoint import Checkpoints
 from ..data import Batches
 from ..history import History
 from ..loop import Fitted
 from ..objectives import classification_loss
 from ..vocabularies import load_tokenizer
-from . import _labelled as data
+from . import _encoders as encoders, _labelled as data
 from ._classify_options import EPOCHS, LONGEST, LORA_RATE, RATE, Options as Options, command_line, options_of
 from ._labelled import Labelled
-from ._options import Training, WrongUsage, settle, training as training_of
-from ._run import begin, command, train as trained
-from ._tuned import Adapter as Adapter, Ready, export, gathered, optimizer, ready
+from ._options import Training, WrongUsage, absolute, settings_of, settle, training as training_of, usage
+from ._run import Best, begin, final, program, train as trained
+from ._tuned import Adapter as Adapter, Ready, export, optimizer, ready
 
-UNSETTLED = ("progress", "coordinator", "process")  # may differ when a run goes on
+BEST: Best = ("accuracy", "max")
 
 
 class Classified(NamedTuple):
@@ -81,16 +79,15 @@ def classify(
     mesh, out = begin(training), Path(out)
     records = _records({"train": train, "validation": options.validation, "test": test}, options)
     names = records["train"].names
-    with _usage():
+    with usage():
         made = ready(model, names, training.seed, options.lora, options.freeze, options.override)
         task = prepared(records, made, training, options)
         settle(out, _settings(train, test, model, training, options, task))
     if training.progress and jax.process_index() == 0:
         print("\n".join(_said(task, made, names)), flush=True)
     fitted = _fitted(made, task, training, options, out, mesh)
-    final = _final(fitted, training, options, out)
-    final = final if mesh is None else gathered(final, mesh)
-    return _finished(final, task, made, fitted, names, out)
+    best = BEST if options.holds_out else None
+    return _finished(final(fitted, training, out, best, mesh), task, made, fitted, names, out)
 
 
 def _records(paths: Mapping[str, Any], options: Options) -> dict[str, Any]:
@@ -104,36 +101,29 @@ def _records(paths: Mapping[str, Any], options: Options) -> dict[str, Any]:
 
 def prepared(records: Mapping[str, Any], made: Ready, training: Training, options: Options) -> Task:
     """Texts tokenized, held out and put into batches."""
-    config, limit = made.model.config, _limit(made.model, options.max_length)
+    config, limit = made.model.config, encoders.limit(made.model, options.max_length, LONGEST)
     tokenizer = load_tokenizer(made.origin.directory)
     sets = {name: data.tokenized(found, tokenizer, config, limit) for name, found in records.items()}
     if options.hold_out is not None:
         kept, held = data.split(sets["train"].labels, options.hold_out, training.seed)
         sets |= {"train": sets["train"].taken(kept), "validation": sets["train"].taken(held)}
     layout = Buckets(training.batch_size, max_shapes=options.max_shapes)
-    process = jax.process_index(), jax.process_count()
-    batches = data.training_batches(sets["train"], layout, config, seed=training.seed, process=process)
-    lengths = [length for _, length in batches.shapes]
-    scored = lambda texts: data.scored_batches(texts, training.batch_size, lengths, config)
+    texts, labels = sets["train"].tokens, {"labels": sets["train"].labels}
+    batches = encoders.shuffled(texts, layout, config, training.seed, columns=labels)
+
+    def scored(texts: Labelled) -> Batches:
+        columns = {"labels": texts.labels, "places": np.arange(len(texts.labels))}
+        layout = encoders.same_lengths(texts.tokens, training.batch_size, batches)
+        return encoders.in_order(texts.tokens, layout, config, columns=columns)
+
     return Task(sets, batches, {name: scored(texts) for name, texts in sets.items() if name != "train"}, limit)
-
-
-def _limit(model: Any, max_length: int | None) -> int:
-    """How many tokens a text may have."""
-    room = getattr(model.backbone, "room", None)
-    room = getattr(model.config, "max_positions", None) if room is None else room
-    if max_length is not None and room is not None and max_length > room:
-        raise WrongUsage(f"--max-length {max_length} is more than the {room} tokens that the model has room for.")
-    return min(LONGEST, room or LONGEST) if max_length is None else max_length
 
 
 def _settings(train: Any, test: Any, model: Any, training: Training, options: Options, task: Task) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    absolute = lambda path: None if path is None else str(Path(path).absolute())
     paths = {"train": absolute(train), "test": absolute(test), "validation": absolute(options.validation)}
-    settings = {name: x for name, x in asdict(training).items() if name not in UNSETTLED}
-    given = asdict(options) | {"max_length": task.max_length, "texts": task.batches.fingerprint}
-    return settings | given | paths | {"model": str(model)}
+    given = {"max_length": task.max_length, "texts": task.batches.fingerprint, "model": str(model)}
+    return settings_of(training, options) | given | paths
 
 
 def _said(task: Task, made: Ready, names: Sequence[str]) -> Iterator[str]:
@@ -149,7 +139,7 @@ def _fitted(made: Ready, task: Task, training: Training, options: Options, out: 
         labels, batches = task.sets["validation"].labels, task.scored["validation"]
         evaluate = lambda model: data.told(data.logits(model, batches), labels)
     steps = training.total(task.batches.per_epoch, EPOCHS)
-    with _usage():
+    with usage():
         chosen = optimizer(made.model, training, steps, options.layer_decay, options.original)
     return trained(
         made.model,
@@ -161,18 +151,9 @@ def _fitted(made: Ready, task: Task, training: Training, options: Options, out: 
         mesh=mesh,
         trains=made.trains,
         evaluate=evaluate,
-        best=("accuracy", "max"),
+        best=BEST,
         **chosen,
     )
-
-
-def _final(fitted: Fitted, training: Training, options: Options, out: Path) -> Any:
-    """The model of the best checkpoint, where held-out texts say which one that is."""
-    if not options.holds_out:
-        return fitted.state.model
-    with Checkpoints(out / "checkpoints", keep=training.keep, best="accuracy", mode="max") as checkpoints:
-        found = checkpoints.restore(fitted.state, best=True)
-    return fitted.state.model if found is None else found.state.model
 
 
 def _finished(model: Any, task: Task, made: Ready, fitted: Fitted, names: Sequence[str], out: Path) -> Classified:
@@ -201,17 +182,6 @@ def _show(out: Path, name: str, texts: Labelled, logits: Any, result: dict[str, 
     written(out / "predictions.tsv", data.predictions(texts, logits, names).encode())
 
 
-@contextmanager
-def _usage() -> Iterator[None]:
-    """What the library says of an option that makes no sense, as the command's own error."""
-    try:
-        yield
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise WrongUsage(str(error)) from error
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = command_line().parse_args(argv)
@@ -229,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(main))
+    program(main)

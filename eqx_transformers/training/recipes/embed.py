@@ -11,7 +11,7 @@ The checkpoint that is best at it is the final model.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,21 +36,24 @@ from ._labelled import logits as outputs
 from ._options import (
     Training,
     WrongUsage,
+    absolute,
     add_options,
+    expect_share,
     gathered,
     option,
     parser,
+    settings_of,
     settle,
     training as training_of,
+    usage,
 )
 from ._pairs import Pair, halves, ranks, rivals
-from ._run import begin, command, train
+from ._run import Best, begin, final, program, train
 
 EPOCHS = 3
 RATE, LORA_RATE = 5e-5, 1e-3  # where none is given: small matrices that begin at zero learn at a higher one
 ROWS = 64  # of a batch: each is a wrong answer to the others
-BEST = ("mean_reciprocal_rank", "max")
-UNSETTLED = ("progress", "coordinator", "process")  # may differ when a run goes on
+BEST: Best = ("mean_reciprocal_rank", "max")
 TARGETS = "**.{query,value}_proj"
 RATES = ("embedding_dropout", "attention_dropout", "attention_output_dropout", "dropout")
 
@@ -72,7 +75,7 @@ class Options:
     lora: int | None = option(None, "train adapters of this rank and nothing else; the result has them merged")
 
     def __post_init__(self):
-        encoders.expect_share("--hold-out", self.hold_out)
+        expect_share("--hold-out", self.hold_out)
         least = {"evaluate_pairs": 2, "max_shapes": 1, "max_length": 3, "lora": 1}
         for name, smallest in least.items():
             given = getattr(self, name)
@@ -125,7 +128,7 @@ def embed(
     mesh, out = begin(training), Path(out)
     kept, held = _shares(_read(pairs, options), options)
     made, origin, said = encoders.loaded(model, SentenceEmbedder, training.seed)
-    with encoders.usage():
+    with usage():
         task = _prepared(made, load_tokenizer(origin.directory), kept, held, training, options)
         made, trains = _adapted(made, options.lora, training.seed)
         settle(out, _settings(pairs, model, training, options, task))
@@ -135,9 +138,9 @@ def embed(
     loss = partial(contrastive_loss, temperature=options.temperature)
     given: dict[str, Any] = {"mesh": mesh, "trains": trains, "evaluate": task.measured, "best": BEST}
     fitted = train(made, loss, task.batches, training, out, epochs=EPOCHS, **given)
-    final = encoders.final(fitted, training, out, BEST, mesh)
-    final = final if options.lora is None else merge(final)
-    return _finished(final, origin, fitted, before, task.measured(final), out)
+    made = final(fitted, training, out, BEST, mesh)
+    made = made if options.lora is None else merge(made)
+    return _finished(made, origin, fitted, before, task.measured(made), out)
 
 
 def _training(options: Options) -> Training:
@@ -173,11 +176,13 @@ def _prepared(
     tokens = lambda texts: encoders.tokenized(texts, tokenizer, model.config.vocab_size, limit)
     first, *rest = [tokens(side) for side in zip(*kept, strict=True)] if is_pair else [tokens(kept)]
     layout = Buckets(training.batch_size, max_shapes=options.max_shapes)
-    batches = encoders.shuffled(first, layout, model, training.seed, more={"positive": rest[0]} if rest else None)
+    batches = encoders.shuffled(
+        first, layout, model.config, training.seed, more={"positive": rest[0]} if rest else None
+    )
     sides = [tokens(side) for side in zip(*held, strict=True)]
     columns = {"places": np.arange(len(held))}
     of = lambda side: encoders.same_lengths(side, training.batch_size, batches)
-    scored = [encoders.in_order(side, of(side), model, columns=columns) for side in sides]
+    scored = [encoders.in_order(side, of(side), model.config, columns=columns) for side in sides]
     cut = sum(x.truncated for x in (first, *rest, *sides))
     said = f"{len(kept)} {'pairs' if is_pair else 'texts'}, and {len(held)} held-out pairs"
     said += "" if is_pair else ", the halves of texts"
@@ -196,8 +201,8 @@ def _adapted(model: Any, rank: int | None, seed: int) -> tuple[Any, Any]:
 
 def _settings(pairs: Any, model: Any, training: Training, options: Options, task: Task) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    settings = {name: x for name, x in asdict(training).items() if name not in UNSETTLED} | asdict(options)
-    return settings | {"pairs": str(Path(pairs).absolute()), "model": str(model), "texts": task.batches.fingerprint}
+    given = {"pairs": absolute(pairs), "model": str(model), "texts": task.batches.fingerprint}
+    return settings_of(training, options) | given
 
 
 def _told(found: dict[str, float]) -> str:
@@ -243,4 +248,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(main))
+    program(main)

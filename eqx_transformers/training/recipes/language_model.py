@@ -12,7 +12,7 @@ transformers loads. The end of the text is held out; the checkpoint that is best
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,15 +34,25 @@ from ._dump import dump
 from ._encoders import Path_
 from ._language_models import Shape as Shape, preset
 from ._language_setup import Options as Options, Work, optimizer_of, prepared, training_for
-from ._options import Training as Training, WrongUsage, add_options, gathered, parser, settle, training as training_of
-from ._run import begin, command, train
+from ._options import (
+    Training as Training,
+    WrongUsage,
+    absolute,
+    add_options,
+    gathered,
+    parser,
+    settings_of,
+    settle,
+    training as training_of,
+    usage,
+)
+from ._run import Best, begin, final, program, train, whole
 from ._samples import Watch, continued
-from ._tuned import gathered as whole
 
-BEST = ("loss", "min")
+BEST: Best = ("loss", "min")
 EVALUATIONS = 20  # while it trains, where nothing is said
-# What may differ when a run goes on: who runs it, and what is only looked at.
-UNSETTLED = ("progress", "coordinator", "process", "dump", "sample_every", "sample_tokens", "prompt", "temperature")
+# What may differ when a run goes on, for it is only looked at.
+UNSETTLED = ("dump", "sample_every", "sample_tokens", "prompt", "temperature")
 
 
 class LanguageModelled(NamedTuple):
@@ -78,8 +88,8 @@ def language_model(
     if source is not None and (shape.is_given or options.quick or options.original):
         raise WrongUsage("--from goes on with a model that has its sizes: leave out --quick, --original and all sizes.")
     mesh, out = begin(training), Path(out)
-    paths = [texts] if isinstance(texts, str | Path) or not isinstance(texts, Sequence) else list(texts)
-    with encoders.usage():
+    paths = encoders.several(texts)
+    with usage():
         work = prepared(paths, source, shape, options, training, out)
         settle(out, _settings(paths, source, shape, options, training, work))
     baselines = _baselines(work)
@@ -107,7 +117,7 @@ def language_model(
         callbacks=[watch],
         look=None if options.dump is None else partial(_dumped, Path(options.dump), work, mesh),
     )
-    model = encoders.final(fitted, training, out, BEST, mesh)
+    model = final(fitted, training, out, BEST, mesh)
     return _finished(model, work, fitted, baselines, _sample(model, work, options, training, None), out)
 
 
@@ -186,14 +196,8 @@ def _settings(
     paths: list[Any], source: Any, shape: Shape, options: Options, training: Training, work: Work
 ) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    settings = asdict(training) | asdict(options) | asdict(shape)
-    settings = {name: x for name, x in settings.items() if name not in UNSETTLED}
-    files = [str(Path(path).absolute()) for path in paths]
-    return settings | {
-        "files": files,
-        "from": None if source is None else str(source),
-        "texts": work.batches.fingerprint,
-    }
+    given = {"files": list(map(absolute, paths)), "from": None if source is None else str(source)}
+    return settings_of(training, options, shape, without=UNSETTLED) | given | {"texts": work.batches.fingerprint}
 
 
 def _finished(
@@ -290,4 +294,4 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(main))
+    program(main)

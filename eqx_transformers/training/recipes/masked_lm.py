@@ -33,12 +33,22 @@ from ..vocabularies import load_tokenizer, train_tokenizer, word_starts
 from . import _encoders as encoders
 from ._encoders import Path_
 from ._masked_lm_options import Options, Shape
-from ._options import Training, WrongUsage, add_options, gathered, parser, settle, training as training_of
-from ._run import begin, command, train
+from ._options import (
+    Training,
+    WrongUsage,
+    absolute,
+    add_options,
+    gathered,
+    parser,
+    settings_of,
+    settle,
+    training as training_of,
+    usage,
+)
+from ._run import Best, begin, final, program, train
 
 EPOCHS = 3
-BEST = ("loss", "min")
-UNSETTLED = ("progress", "coordinator", "process")  # may differ when a run goes on
+BEST: Best = ("loss", "min")
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the ids that RoBERTa gives them
 MASKS = ("<mask>", "[MASK]")
 
@@ -84,11 +94,11 @@ def masked_lm(
     if (model is None) == (scratch is None):
         raise WrongUsage("Give either --model DIR, to go on with a model, or --from-scratch, for a new one.")
     mesh, out = begin(training), Path(out)
-    paths = [texts] if isinstance(texts, str | Path) or not isinstance(texts, Sequence) else list(texts)
+    paths = encoders.several(texts)
     found = encoders.read(paths, options.text).texts
     held = encoders.held_out(found, options.hold_out)
     shares = [[text for text, out_ in zip(found, held, strict=True) if out_ == which] for which in (False, True)]
-    with encoders.usage():
+    with usage():
         made = _new(shares[0], out, scratch, training, options) if scratch else _given(model, training)
         batches, scored, said = _prepared(made, shares, training, options)
         settle(out, _settings(paths, model, scratch, training, options, batches))
@@ -101,8 +111,8 @@ def masked_lm(
     fitted = train(
         made.model, masked_lm_loss, batches, training, out, epochs=EPOCHS, mesh=mesh, evaluate=evaluate, best=BEST
     )
-    model_ = encoders.final(fitted, training, out, BEST, mesh)
-    return _finished(model_, made, fitted, before, measured(model_, scored), out)
+    trained = final(fitted, training, out, BEST, mesh)
+    return _finished(trained, made, fitted, before, measured(trained, scored), out)
 
 
 def measured(model: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -155,9 +165,9 @@ def _prepared(
     corrupt = _corruption(made.tokenizer, options)
     packed = Packed(rows, limit) if options.pack else None
     layout = packed or Buckets(rows, max_shapes=options.max_shapes)
-    batches = encoders.shuffled(kept, layout, made.model, training.seed, transform=corrupt)
+    batches = encoders.shuffled(kept, layout, made.model.config, training.seed, transform=corrupt)
     layout = packed or encoders.same_lengths(held, rows, batches)
-    scored = encoders.in_order(held, layout, made.model, transform=corrupt, seed=training.seed)
+    scored = encoders.in_order(held, layout, made.model.config, transform=corrupt, seed=training.seed)
     hidden = sum(int((batch["targets"] >= 0).sum()) for batch in scored)
     if not hidden:
         raise WrongUsage(f"No token of the {len(held)} held-out texts is hidden: give more texts or a --mask-rate.")
@@ -184,14 +194,9 @@ def _settings(
     paths: list[Any], model: Any, shape: Shape | None, training: Training, options: Options, batches: Batches
 ) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    settings = {name: x for name, x in asdict(training).items() if name not in UNSETTLED}
-    settings |= {
-        "from_scratch": None if shape is None else asdict(shape),
-        "model": None if model is None else str(model),
-    }
-    return (
-        settings | asdict(options) | {"files": [str(Path(p).absolute()) for p in paths], "texts": batches.fingerprint}
-    )
+    given = {"from_scratch": None if shape is None else asdict(shape), "model": None if model is None else str(model)}
+    given |= {"files": list(map(absolute, paths)), "texts": batches.fingerprint}
+    return settings_of(training, options) | given
 
 
 def _told(found: dict[str, float]) -> str:
@@ -254,4 +259,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(main))
+    program(main)

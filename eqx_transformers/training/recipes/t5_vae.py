@@ -7,9 +7,8 @@ Without lines, those of Python's standard library. Source: https://github.com/Fr
 
 import json
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..._files import written
 from ...models.t5_vae import T5VAE
 from ...serialisation import save
 from . import _run
-from ._options import Training, add_options, gathered, parser, settle, training as training_of
+from ._options import Training, absolute, add_options, gathered, parser, settings_of, settle, training as training_of
 from ._python_lines import checker, kind_of
 from ._reconstruction import Reconstruction, interpolations, latent_picture, unigram_accuracy
 from ._vae_options import Objective, Samples, Shape
@@ -31,7 +30,6 @@ ROWS = 256  # of one program that measures
 FINAL = 8  # times as many held-out lines are measured at the end as while it trains
 SAMPLES, SHAPE, OBJECTIVE = Samples(), Shape(), Objective()
 TRAINING = Training(batch_size=64, learning_rate=3e-3, evaluate_every=500)
-UNSETTLED = ("progress", "coordinator", "process")  # may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ def t5_vae(
     work = prepared(lines, out, t5, base, samples)
     batches = batches_of(work, samples, training)
     model = drawn_model(base, work, samples, shape, objective, training.seed)
-    settle(out, _settings(lines, t5, samples, shape, objective, training) | {"texts": batches.fingerprint})
+    given = {"lines": absolute(lines), "t5": absolute(t5), "texts": batches.fingerprint}
+    settle(out, settings_of(samples, shape, objective, training) | given)
     if jax.process_index() == 0:
         written(out / "tokenizer.json", work.tokenizer.to_str().encode())
         print(_said(work), flush=True)
@@ -97,13 +96,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = {"samples": Samples, "shape": Shape, "objective": Objective}
     given = {name: gathered(args, record) for name, record in parts.items()}
     t5_vae(args.lines, out=args.out, t5=args.t5, training=training_of(args), **given)
-
-
-def _settings(lines: Any, t5: Any, *parts: Any) -> dict[str, Any]:
-    """All that a run that goes on must agree with."""
-    absolute = lambda path: None if path is None else str(Path(path).absolute())
-    told = {name: x for part in parts for name, x in asdict(part).items() if name not in UNSETTLED}
-    return {"lines": absolute(lines), "t5": absolute(t5)} | told
 
 
 def _said(work: Work) -> str:
@@ -170,4 +162,4 @@ def _summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(_run.command(main))
+    _run.program(main)
