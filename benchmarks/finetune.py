@@ -24,9 +24,9 @@ from eqx_transformers.training._memory import keep_freed
 from eqx_transformers.training.objectives import classification_loss
 from eqx_transformers.training.optimizers import adamw
 from eqx_transformers.training.recipes import _labelled as data
-from eqx_transformers.training.recipes._options import Training
+from eqx_transformers.training.recipes._options import Settled
 from eqx_transformers.training.recipes._tuned import ready
-from eqx_transformers.training.recipes.classify import Options, Task, prepared
+from eqx_transformers.training.recipes.classify import LORA_RATE, Adapter, Options, Task, prepared
 from eqx_transformers.training.schedules import warmup_linear
 from eqx_transformers.training.text import Records
 from eqx_transformers.training.updater import Updater, compiled
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-shapes", type=int, default=8)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="adapters too, at the recipe's rate for them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keep_freed()
@@ -63,9 +64,7 @@ def main() -> None:
         name: limited(data.read(args.data / f"{name}.tsv", text="text", label="label"), args.limit)
         for name in ("train", "test")
     }
-    training = Training(
-        epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed
-    )
+    training = Settled(epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed)
     shape = f"MiniLM, {len(records['train'])} texts, {args.epochs} epochs, batch {args.batch_size}"
     print(f"{shape}; {machine()}, torch {version()}")
     runs = {
@@ -73,6 +72,9 @@ def main() -> None:
         "ours, one length": ours(records, training, 1),
         "torch": theirs(records, training),
     }
+    if args.lora is not None:
+        slow = replace(training, learning_rate=LORA_RATE)
+        runs = {"ours, LoRA": ours(records, slow, args.max_shapes, Adapter(args.lora)), **runs}
     report(runs, args.epochs)
 
 
@@ -122,15 +124,14 @@ def rows(runs: dict[str, Run], times: dict[str, Any], accuracies: dict[str, Any]
         ]
 
 
-def ours(records: dict[str, Records], training: Training, max_shapes: int) -> Run:
+def ours(records: dict[str, Records], training: Settled, max_shapes: int, lora: Adapter | None = None) -> Run:
     """The recipe's own model, batches and optimizer, without its checkpoints and its progress."""
-    made = ready(source(), records["train"].names, training.seed, None, (), {})
+    made = ready(source(), records["train"].names, training.seed, lora, (), {})
     task = prepared(records, made, training, Options(max_shapes=max_shapes))
     batches, steps = task.batches, training.total(task.batches.per_epoch, 1)
     rates = warmup_linear(training.learning_rate, steps, training.warmup)
-    updater = Updater(
-        classification_loss, adamw(rates, weight_decay=training.weight_decay), clip_norm=training.clip_norm
-    )
+    optimizer = adamw(rates, weight_decay=training.weight_decay)
+    updater = Updater(classification_loss, optimizer, trains=made.trains, clip_norm=training.clip_norm)
     call, key = compiled(updater), jax.random.key(training.seed)
     state, warm, compile_s = updater.init(made.model, key=key), updater.init(made.model, key=key), 0.0
     for batch in of_every_shape(task):
@@ -172,7 +173,7 @@ def of_every_shape(task: Task) -> Iterator[dict[str, np.ndarray]]:
             yield batch
 
 
-def theirs(records: dict[str, Records], training: Training) -> Run:
+def theirs(records: dict[str, Records], training: Settled) -> Run:
     """transformers' model and torch's AdamW, as a plain loop has it."""
     import torch
 

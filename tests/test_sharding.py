@@ -29,12 +29,14 @@ from eqx_transformers.sharding import (
     make_mesh,
     placement,
     report,
+    row_share,
     rules_for,
     shard,
     shard_batch,
     specs,
     start_processes,
 )
+from eqx_transformers.sharding.placing import _share
 from eqx_transformers.skeletons import skeleton
 from eqx_transformers.surgery import add_adapter, leaves_by_path, quantize
 
@@ -178,6 +180,27 @@ def test_two_processes_have_the_losses_of_one(eight, tmp_path):
 def test_processes_that_do_not_fit_together_are_refused(given, says):
     with pytest.raises(ValueError, match=says):
         start_processes(*given)
+
+
+@pytest.mark.parametrize(
+    ("processes", "process", "share"),
+    [
+        ([[0, 0], [1, 1]], 1, (1, 2)),
+        ([[0, 1], [0, 1]], 1, (0, 1)),  # "model" reaches across: both have all rows
+        ([[0, 1], [2, 3]], 2, (1, 2)),
+        ([[1], [0]], 1, (0, 2)),
+    ],
+)
+def test_processes_that_share_rows_have_the_same_share(processes, process, share):
+    assert _share(np.array(processes), process) == share
+
+
+def test_shares_that_overlap_and_meshes_without_rows_are_refused(unchecked):
+    with pytest.raises(ValueError, match="none in common"):
+        _share(np.array([[0, 0], [0, 1]]), 0)
+    with pytest.raises(ValueError, match="'data', but the axes of the mesh are model=1"):
+        row_share(make_mesh("model=1"))
+    assert row_share(None) == row_share(make_mesh("data=1,model=1")) == (0, 1)
 
 
 # ---- meshes

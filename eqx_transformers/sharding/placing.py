@@ -82,6 +82,34 @@ def shard_batch(batch: Tree, mesh: Mesh, axis: str | tuple[str, ...] = DATA) -> 
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
+def row_share(mesh: Mesh | None, axis: str = DATA) -> tuple[int, int]:
+    """(which share of a batch's rows this process passes to `shard_batch`, how many shares there are).
+
+    Processes whose devices have the same places along `axis` pass the same share. Without a mesh there is one. Raises a
+    `ValueError` for an axis that the mesh has not, and where the places of two processes overlap and are not the same.
+    """
+    if mesh is None:
+        return 0, 1
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"The rows of a batch are divided along {axis!r}, but the axes of the mesh are {spelled(mesh)}."
+        )
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return _share(np.moveaxis(processes, mesh.axis_names.index(axis), 0), jax.process_index())
+
+
+def _share(processes: np.ndarray, process: int) -> tuple[int, int]:
+    """Of processes by their devices' places, the axis of the rows in front."""
+    rows = processes.reshape(len(processes), -1)
+    places = {i: tuple(np.flatnonzero((rows == i).any(1)).tolist()) for i in np.unique(rows).tolist()}
+    shares = sorted(set(places.values()))
+    if sum(map(len, shares)) != len(rows):
+        raise ValueError(
+            f"Of this mesh's rows, processes have the places {places}: two must have the same ones or none in common."
+        )
+    return shares.index(places[process]), len(shares)
+
+
 def _put(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

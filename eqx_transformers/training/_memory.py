@@ -12,8 +12,8 @@ def keep_freed() -> bool:
     """Tells glibc not to give freed memory back to the system; whether there is a glibc that could be told.
 
     A compiled step on a processor asks for its working memory anew each time, hundreds of megabytes, and glibc maps
-    and unmaps it: the system has to clear every page again, which costs a tenth of a small model's step and more. For
-    programs of our own alone, before anything is computed: it holds for the whole process.
+    and unmaps it, so that the system clears every page again. For programs of our own alone, before anything is
+    computed: it holds for the whole process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

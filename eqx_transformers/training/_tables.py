@@ -16,6 +16,14 @@ class DataError(ValueError):
     """A data file that cannot be read as it is meant; the message has the file and the line."""
 
 
+class NoColumn(DataError):
+    """A file has no such `column`."""
+
+    def __init__(self, text: str, column: str):
+        super().__init__(text)
+        self.column = column
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One text's line: its fields by column; a string, where there are no columns; None, where the line is blank."""
@@ -34,12 +42,14 @@ class Row:
         if isinstance(fields, str):
             if column == "text":
                 return fields
-            raise DataError(
+            said = (
                 f"{self.file} is read as plain lines, which have no column {column!r}: columns are in files that end in"
                 " .tsv, .csv or .jsonl."
             )
+            raise NoColumn(said, column)
         if fields is None or column not in fields:
-            raise DataError(f"{self.place}: there is no column {column!r}, {_instead(column, tuple(fields or ()))}")
+            said = f"{self.place}: there is no column {column!r}, {_instead(column, tuple(fields or ()))}"
+            raise NoColumn(said, column)
         return self._filled(column, fields[column])
 
     def _filled(self, column: str, value: Any) -> str:

@@ -180,9 +180,10 @@ class Checkpoints:
 
     def _score_of(self, step: int) -> float | None:
         try:
-            return self._said(step)["metrics"].get(self.best)
+            score = self._said(step)["metrics"].get(self.best)
         except Damaged:
             return None  # it is said when it is restored
+        return score if score is not None and np.isfinite(score) else None
 
     def _said(self, step: int) -> dict[str, Any]:
         args = _orbax().args
@@ -247,10 +248,15 @@ def _manager(directory: Path, policy: _Keep, asynchronous: bool) -> Any:
 
 
 def _read(read: Callable[[], Any]) -> Any:
-    # Whatever a file that is missing, cut off or changed makes of orbax, tensorstore and the JSON reader.
+    # Whatever a file that is missing, cut off or changed makes of orbax, tensorstore and the JSON reader. What is no
+    # fault of the file is not said of it: the checkpoint would be passed over, and removed.
     try:
         return read()
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         said = f"{type(error).__name__}: {error}"
         raise Damaged(" ".join(said.split())[:300]) from error
 

@@ -63,7 +63,8 @@ def fit(
     - `checkpoints`: one is saved every `checkpoint_every` steps, after each evaluation and at the end. Where there are
       any, the run goes on from the newest, to the same numbers as if it had never stopped.
     - `log`: a `.csv` or `.jsonl` file of all records; `plot`: a `.png` or `.svg` of the curves, drawn at the end.
-      `schedule(step)` is the learning rate, for both. Every `log_every`-th step is recorded.
+      `schedule(step)` is the learning rate, for both, as planned: skipped steps put it off. Every `log_every`-th step
+      is recorded.
     - `callbacks`: see `Callback`. `progress`: shown on standard output, on another `rich` console, or (False) nowhere.
 
     Metrics are read `LAG` steps late, so that the device never waits for the host. Steps that were not finite are
@@ -157,7 +158,7 @@ class _Run:
                 self._save({})
                 self._interrupt(asked[0])
             self._finish(stopped)
-            if asked:  # while that was done
+            if agreed(asked, 0):  # while that was done
                 self._interrupt(asked[0])
         return stopped
 
@@ -178,9 +179,11 @@ class _Run:
             self.state, metrics = self.updater(self.state, self.place(batch))
             self.step += 1
             self._later(metrics)
+            if self._evaluates():  # first, even where a signal came: a checkpoint has what its evaluation said
+                continue
             if agreed(asked, self.step):
                 return "signal"
-            if self.checkpoint_every and self.step % self.checkpoint_every == 0 and not self._evaluates():
+            if self.checkpoint_every and self.step % self.checkpoint_every == 0:
                 self._save({})
 
     def _evaluates(self) -> bool:

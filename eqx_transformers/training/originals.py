@@ -45,7 +45,8 @@ def roberta_scale(total_steps: int | float, warmup: int | float = 0.1) -> Schedu
 
     def scale(step: Step) -> Float[Array, "*steps"]:
         progress = jnp.asarray(step, jnp.float32) / total_steps
-        return jnp.where(progress <= warmup, progress / warmup, 1.0) * (1 - progress)
+        rise = jnp.minimum(progress / warmup, 1.0) if warmup else jnp.ones_like(progress)
+        return rise * (1 - progress)
 
     return scale
 

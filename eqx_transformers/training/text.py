@@ -74,7 +74,7 @@ def read_texts(
     if not rows:
         raise DataError(f"{path} has no text: {'its lines are' if len(files) == 1 else 'all its files have'} blank.")
     texts = [_text(row, text) for row in rows]
-    found = None if label is None else [row.field(label) for row in rows]
+    found = None if label is None else [row.field(label).strip() for row in rows]
     names = () if found is None else _names(found, labels)
     numbers = None if found is None else _numbers(rows, found, names, least_classes)
     blank = sum(row.fields is None for table in tables for row in table)
@@ -140,7 +140,7 @@ def _numbers(rows: list[Row], found: list[str], names: tuple[str, ...], least: i
         if name not in numbers:
             raise DataError(
                 f"{row.place}: the label {said(name)} is none of {said(names)}.{nearest(name, names)} Correct the"
-                " line, or give all labels that there are."
+                " line, or add the label to those that are known: those of the training texts, or `labels`."
             )
     if len(set(found)) < least:
         raise DataError(

@@ -86,6 +86,28 @@ def test_a_state_may_be_donated_at_once_while_the_one_before_is_being_written(tm
     assert same(jax.tree.map(np.asarray, restored.state), wanted[2])
 
 
+def test_what_was_not_a_number_is_none_of_the_best_later_either(tmp_path):
+    state = {"a": jnp.ones(2)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step, loss in {1: float("nan"), 2: 1.0, 3: 0.5}.items():
+            checkpoints.save(step, state, metrics={"loss": loss})
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.best_step == 3 and checkpoints._ranked([1, 2, 3]) == [3, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError("no"), RuntimeError("RESOURCE_EXHAUSTED: 9 GB")])
+def test_what_is_no_fault_of_the_file_is_not_called_damage(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(2)})
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(type(error)):
+            checkpoints.restore({"a": jnp.ones(2)})
+
+
 def test_the_last_and_the_best_stay(tmp_path):
     scores = {1: 0.3, 2: 0.9, 3: 0.9, 4: None, 5: float("nan"), 6: 0.1, 7: None}
     state = {"a": jnp.ones(2)}

@@ -14,8 +14,8 @@ import pytest
 from ..full import FULL
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = 24 if FULL else 3
-STEPS = 240 if FULL else 40
+KILLS = 24 if FULL else 2
+STEPS = 240 if FULL else 30
 
 
 @pytest.fixture(scope="module")

@@ -235,6 +235,15 @@ def test_a_signal_during_an_evaluation_ends_it_after_that_one(tmp_path):
             assert checkpoints.best_step is not None and max(checkpoints.steps) == step
 
 
+def test_a_signal_before_an_evaluation_ends_it_with_what_that_says(tmp_path, twelve):
+    given = {"evaluate": held_out, "evaluate_every": 3}
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        with pytest.raises(Interrupted, match="saved at step 6 of 12"):
+            run(12, rows=Signals(6, signal.SIGINT), checkpoints=checkpoints, **given)
+        run(12, checkpoints=checkpoints, **given)
+        assert checkpoints.steps == [3, 6, 9, 12] and sorted(checkpoints._scores) == [3, 6, 9, 12]
+
+
 def test_in_another_thread_it_runs_without_signals(twelve):
     found = []
     thread = threading.Thread(target=lambda: found.append(run(12)))

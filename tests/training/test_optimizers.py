@@ -124,6 +124,7 @@ def test_haikus_tutorial_is_clipping_and_adam():
 
 
 def test_the_roberta_article_rises_and_falls_at_once():
+    assert float(roberta_scale(10, 0)(0)) == 1 and float(roberta_scale(10, 0)(5)) == 0.5  # no warm-up, and no 0 / 0
     scale = roberta_scale(10, 0.3)
     factors = [0, 1 / 3 * 0.9, 2 / 3 * 0.8, 0.7, 0.6, 0.5]
     np.testing.assert_allclose([scale(i) for i in range(6)], factors, rtol=1e-6)

@@ -13,7 +13,7 @@ import transformers
 
 import converters
 from converters.demo import source
-from eqx_transformers import SequenceClassifier, encode
+from eqx_transformers import SequenceClassifier, encode, save
 from eqx_transformers.surgery import leaves_by_path
 from eqx_transformers.training.recipes import _labelled, classify as recipe
 from eqx_transformers.training.recipes._options import Training, WrongUsage
@@ -140,7 +140,7 @@ def test_a_second_start_goes_on_and_other_settings_are_refused(folder, whole):
     again = run(folder, out)
     for path, x in leaves_by_path(result.model).items():
         np.testing.assert_array_equal(leaves_by_path(again.model)[path], x, err_msg=path)
-    with pytest.raises(WrongUsage, match="max_length 31, now 17"):
+    with pytest.raises(WrongUsage, match="--max-length was 31 and is 17"):
         run(folder, out, options=Options(hold_out=0.2, max_shapes=1, max_length=17))
 
 
@@ -261,6 +261,17 @@ WRONG = {
     "nothing": (["--freeze", "backbone", "head"], "Nothing is left to train"),
     "mesh": (["--mesh", "rows=two"], "--mesh rows=two"),
     "length": (["--max-length", "0"], "at least 1"),
+    "no data": (["--mesh", "model=1"], "--mesh model=1: A mesh for training has the axes"),
+    "alone": (["--coordinator", "localhost:1", "--processes", "2", "--process", "0"], "on a --mesh over all"),
+    "nowhere": (["--processes", "2", "--process", "0"], "need --coordinator"),
+    "spread": (["--fully-sharded"], "give --mesh data=N too"),
+    "address": (["--coordinator", "here", "--mesh", "data=1"], "must be"),
+    "warm": (["--warmup", "1"], "must be below 1"),
+    "rate": (["--learning-rate", "0"], "--learning-rate 0.0 must be above 0"),
+    "long": (["--epochs", "1", "--steps", "2"], "--epochs 1.0 and --steps 2"),
+    "its own": (["--original", "--weight-decay", "0.1"], "it is AdamW's"),
+    "column": (["--label", "sentiment"], "--label names another column"),
+    "texts": (["--text", "review"], "--text names another column"),
 }
 
 
@@ -269,7 +280,32 @@ def test_wrong_options_are_one_line_with_the_reason(folder, tmp_path, capsys, un
     more, said = WRONG[name]
     assert command(recipe.main, argv(folder, tmp_path / "out", *more)) == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_settings_can_be_corrected_until_something_was_trained(folder, tmp_path, capsys):
+    start = lambda *more: command(recipe.main, argv(folder, tmp_path, "--steps", "1", *more))
+    assert start("--layer-decay", "7") == 2 and (tmp_path / "settings.json").exists()
+    assert start() == 0
+    assert start("--layer-decay", "0.9") == 2
+    assert "--layer-decay was None and is 0.9" in capsys.readouterr().err
+
+
+def test_what_is_cut_is_said_of_held_out_texts_too(folder, tmp_path, capsys):
+    start = argv(folder, tmp_path, "--steps", "1", "--max-length", "4", "--hold-out", "0.5")
+    assert command(recipe.main, [x for x in start if x != "--no-progress"]) == 0
+    assert "texts are cut to 4 tokens" in capsys.readouterr().out
+
+
+def test_labels_are_words_without_the_space_around_them(tmp_path):
+    path = written(tmp_path / "spaced.tsv", [("good ", "a film"), ("good", "the plot"), ("bad", "an actor")])
+    assert _labelled.read(path, text="text", label="label").names == ("bad", "good")
+
+
+def test_a_directory_of_this_library_is_refused_with_what_to_do(folder, tmp_path, capsys):
+    save(converters.load(folder / "bert")[0], tmp_path / "own")
+    assert command(recipe.main, argv(folder, tmp_path / "out", "--model", str(tmp_path / "own"))) == 2
+    assert "--export DIR" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_and_one_with_anothers(folder, tmp_path, capsys):
@@ -304,7 +340,7 @@ def test_lora_is_within_two_hundredths_of_full_fine_tuning(tmp_path):
     given = {"model": source(), "train": f"{DATA}/train.tsv", "test": f"{DATA}/test.tsv"}
     rate = lambda rate: Training(epochs=4, learning_rate=rate, progress=False)
     full = classify(**given, out=tmp_path / "full", training=rate(1e-4))
-    lora = classify(**given, out=tmp_path / "lora", training=rate(1e-3), options=Options(lora=Adapter(8)))
+    lora = classify(**given, out=tmp_path / "lora", training=rate(1e-3), options=Options(lora=8))
     assert full.test is not None and lora.test is not None
     print(f"full {full.test['accuracy']:.3f}, LoRA {lora.test['accuracy']:.3f}")
     assert full.test["accuracy"] > 0.75

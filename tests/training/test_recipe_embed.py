@@ -18,7 +18,7 @@ from eqx_transformers import SentenceEmbedder
 from eqx_transformers.surgery import leaves_by_path
 from eqx_transformers.training.history import History
 from eqx_transformers.training.loop import Fitted
-from eqx_transformers.training.recipes import _encoders, embed as recipe
+from eqx_transformers.training.recipes import embed as recipe
 from eqx_transformers.training.recipes._options import Training, WrongUsage
 from eqx_transformers.training.recipes._pairs import halves, ranks, rivals
 from eqx_transformers.training.recipes._run import command
@@ -115,7 +115,7 @@ def test_a_second_start_goes_on_and_other_settings_are_refused(folder, whole):
     assert (again.before, again.after) == (whole.before, whole.after)
     for path, x in leaves_by_path(whole.model).items():
         np.testing.assert_array_equal(leaves_by_path(again.model)[path], x, err_msg=path)
-    with pytest.raises(WrongUsage, match=r"temperature 0\.05, now 0\.1"):
+    with pytest.raises(WrongUsage, match=r"--temperature was 0\.05 and is 0\.1"):
         run(folder, whole.path.parent, options=Options(**OPTIONS, temperature=0.1))
 
 
@@ -134,7 +134,7 @@ def test_single_texts_and_adapters(folder, tmp_path, capsys, monkeypatch):
 
     if not FULL:
         monkeypatch.setattr(recipe, "train", nudged)
-        monkeypatch.setattr(_encoders, "final", lambda fitted, *_: fitted.state.model)
+        monkeypatch.setattr(recipe, "final", lambda fitted, *_: fitted.state.model)
     more = ["--steps", "2", "--lora", "2"]
     assert command(recipe.main, argv(folder, tmp_path, *more, pairs="texts.txt")) == 0
     found, said = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out.splitlines()

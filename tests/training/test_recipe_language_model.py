@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -21,7 +23,7 @@ from eqx_transformers.training.entropy import bigram_entropy, bits_per_character
 from eqx_transformers.training.recipes import _language_setup as setup, language_model as recipe
 from eqx_transformers.training.recipes._dump import FILES
 from eqx_transformers.training.recipes._language_models import MODELS, ORIGINAL, QUICK, SMALL, Shape, config_of, preset
-from eqx_transformers.training.recipes._options import Training, WrongUsage
+from eqx_transformers.training.recipes._options import Settled, Training, WrongUsage
 from eqx_transformers.training.recipes._run import command
 from eqx_transformers.training.recipes._samples import continued
 from eqx_transformers.training.recipes.language_model import LanguageModelled, Options, language_model
@@ -116,7 +118,7 @@ def test_a_second_start_goes_on_and_other_settings_are_refused(folder, trained, 
         np.testing.assert_array_equal(before[path], x, err_msg=path)
     assert re.search(r"^held-out loss: \d.\d{4} nats a token, below the bigram entropy\n\Z", said, re.MULTILINE)
     assert command(recipe.main, argv(folder, trained, *more, "--steps", "61")) == 2
-    assert "steps 60, now 61" in capsys.readouterr().err
+    assert "--steps was 60 and is 61" in capsys.readouterr().err
 
 
 def test_transformers_says_the_same_with_what_is_exported(trained):
@@ -134,6 +136,38 @@ def test_transformers_says_the_same_with_what_is_exported(trained):
     assert extras["tokenizer.json"].is_file() and tokenizer.decode(ids[0]).replace(" ", "") == "abcab"
 
 
+def test_a_model_goes_on_with_no_tokenizer_but_its_own(folder, trained, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(trained / "exported", bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    go_on = lambda *more: command(recipe.main, [str(folder / "text.txt"), "--out", str(tmp_path / "out"), *more])
+    assert go_on("--from", str(bare), "--steps", "1") == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+    assert go_on("--from", str(bare), "--steps", "1", "--tokenizer", "char") == 2
+    assert "needs the tokenizer that it was made with" in capsys.readouterr().err
+    assert go_on("--from", str(trained / "model"), "--model", "gpt2") == 2
+    assert "leave out --model" in capsys.readouterr().err
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(trained, tmp_path):
+    (tmp_path / "strange.txt").write_text("abcab\nzzz\n" * 40)
+    training = setup.training_for(Options(), trained / "model", Training(batch_size=2))
+    work = setup.prepared([tmp_path / "strange.txt"], trained / "model", Shape(), Options(), training, tmp_path)
+    assert any("120 tokens are unknown" in line for line in work.said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--warmup", "0.5"], "--warmup and --weight-decay are AdamW's"),
+        (["--optimizer", "functional-sgd", "--beta1", "0.5"], "--beta1 and --beta2 are Adam's"),
+    ],
+)
+def test_what_an_optimizer_has_not_is_refused(folder, tmp_path, capsys, options, said):
+    more = ["--quick", "--no-progress", *options]
+    assert command(recipe.main, [str(folder / "text.txt"), "--out", str(tmp_path / "out"), *more]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["model", "exported"])
 def test_a_model_goes_on_with_its_tokenizer(folder, trained, tmp_path, kind, capsys):
     training = Training(steps=1, batch_size=16, learning_rate=1e-5, progress=False)
@@ -149,9 +183,11 @@ def test_the_default_is_the_functional_transformers_own(folder, tmp_path):
     own = preset("functional-head", "original")
     assert (own.batch_size, own.length, own.epochs, own.learning_rate, own.rows) == (128, 32, 32, 1e-3, "shuffled")
     options = Options()
-    assert setup.training_for(options).steps == SMALL["functional-head"].steps and options.model == "functional-head"
+    assert setup.training_for(options).steps == SMALL["functional-head"].steps and setup.MODEL == "functional-head"
     assert setup.training_for(options).patience == setup.PATIENCE
-    assert setup.training_for(Options(original=True)).patience is None
+    assert setup.training_for(Options(original=True)).patience == 0
+    said = setup.training_for(options, None, Training(epochs=2, batch_size=7))
+    assert (said.epochs, said.steps, said.batch_size, said.learning_rate) == (2, None, 7, 1e-3)
     quick = Options(quick=True, tokenizer="bpe:270", hold_out=0.3)
     training = setup.training_for(quick)
     work = setup.prepared([folder / "text.txt"], None, Shape(), quick, training, tmp_path)
@@ -178,7 +214,7 @@ def test_every_size_of_every_model_can_be_made(size):
 def test_the_originals_optimizers(folder):
     """One step of each from the same gradient: what its formula says."""
     gradient, start = {"w": np.array([3.0, -4.0], np.float32)}, {"w": np.zeros(2, np.float32)}
-    training = Training(learning_rate=0.1, clip_norm=1.0, steps=10, warmup=0.0)
+    training = Settled(learning_rate=0.1, clip_norm=1.0, steps=10)
     expected = {
         "haiku-tutorial": [-0.1, 0.1],
         "functional": [-0.1, 0.1],
@@ -187,7 +223,8 @@ def test_the_originals_optimizers(folder):
         "adamw": [-0.1, 0.1],
     }
     for name, wanted in expected.items():
-        tuned = setup.optimizer_of(Options(optimizer=name), training, 10)
+        told = replace(training, warmup=0.0) if name == "adamw" else training
+        tuned = setup.optimizer_of(Options(optimizer=name), told, 10)
         updates, _ = tuned.optimizer.update(gradient, tuned.optimizer.init(start), start)
         np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4, err_msg=name)
         assert tuned.clips == (name == "haiku-tutorial") and float(tuned.schedule(0)) == pytest.approx(0.1)
@@ -196,7 +233,7 @@ def test_the_originals_optimizers(folder):
 @pytest.mark.parametrize("rows", ["shuffled", "crops", "offsets"])
 def test_rows_are_cut_as_is_said_and_every_held_out_token_is_predicted_once(folder, tmp_path, rows):
     options = Options(rows=rows, length=8)
-    training = Training(batch_size=4)
+    training = Settled(batch_size=4)
     shape = Shape(layers=1, heads=1, embed_dim=4)
     work = setup.prepared([folder / "text.txt"], None, shape, options, training, tmp_path)
     width = 8 + (rows == "crops")

@@ -108,7 +108,7 @@ def test_going_on_with_it_begins_where_it_ended(folder, whole, tmp_path, capsys)
     again = masked_lm(texts, model=whole / "model", out=tmp_path, training=training, options=Options(**OPTIONS))
     for path, x in leaves_by_path(result.model).items():
         np.testing.assert_array_equal(leaves_by_path(again.model)[path], x, err_msg=path)
-    with pytest.raises(WrongUsage, match=r"mask_rate 0\.15, now 0\.3"):
+    with pytest.raises(WrongUsage, match=r"--mask-rate was 0\.15 and is 0\.3"):
         changed = Options(**OPTIONS, mask_rate=0.3)
         masked_lm(texts, model=whole / "model", out=tmp_path, training=training, options=changed)
 

@@ -10,14 +10,13 @@ import converters
 from eqx_transformers import T5VAE, load
 from eqx_transformers.training import load_tokenizer
 from eqx_transformers.training.recipes import _python_lines, t5_vae as recipe
-from eqx_transformers.training.recipes._options import Training
 from eqx_transformers.training.recipes._reconstruction import agreement, unigram_accuracy
 from eqx_transformers.training.recipes._run import command
 from eqx_transformers.training.recipes._vae_options import Objective, Samples
 
 LINES = [f"{verb} {name}{i % 5} = {i}" for i in range(12) for verb, name in (("let", "a"), ("set", "bb"))]
 LONG = " ".join(str(7919 * i) for i in range(99))
-TINY = "--length 12 --held-out 0.3 --evaluate-lines 4 --vocab-size 300 --embed-dim 8 --layers 1 --heads 2 --mlp-dim 8"
+TINY = "--length 12 --hold-out 0.3 --evaluate-lines 4 --vocab-size 300 --embed-dim 8 --layers 1 --heads 2 --mlp-dim 8"
 TINY += " --latent-tokens 3 --latent-size 4 --batch-size 8 --pairs 1 --points 3 --no-progress --evaluate-every 2"
 
 
@@ -52,7 +51,7 @@ def test_lines_become_a_model_its_measures_tables_and_pictures(lines, tmp_path, 
     assert load_tokenizer(out / "model").encode("let a1 = 1").ids
     capsys.readouterr()
     assert run(lines, out, "--steps", "4", "--check", "python", "--latent-size", "5") == 2
-    assert "latent_size 4, now 5" in capsys.readouterr().err
+    assert "--latent-size was 4 and is 5" in capsys.readouterr().err
 
 
 @pytest.mark.full
@@ -102,7 +101,7 @@ def test_bad_lines_are_one_clear_error(written, said, tmp_path, capsys):
     ("options", "said"),
     [
         (["--length", "1"], "--length 1 must be at least 2"),
-        (["--held-out", "1"], "between 0 and 1"),
+        (["--hold-out", "1"], "between 0 and 1"),
         (["--heads", "3"], "must be a multiple of --heads 3"),
         (["--pooling", "mean"], "needs --pooling first"),
         (["--t5", "nowhere"], "nowhere"),
@@ -128,10 +127,7 @@ def test_valid_is_what_python_compiles():
 @pytest.mark.full
 def test_codes_of_the_standard_library_say_its_lines(tmp_path):
     """What the defaults give: twice a unigram's accuracy at least, which shuffled codes lose half of at least."""
-    found = recipe.t5_vae(out=tmp_path, samples=Samples(check="python"), training=RECIPE).metrics
+    found = recipe.t5_vae(out=tmp_path, samples=Samples(check="python")).metrics
     gain = found["accuracy"] - found["unigram_accuracy"]
     assert found["accuracy"] > 2 * found["unigram_accuracy"], found
     assert found["accuracy"] - found["shuffled_accuracy"] > gain / 2, found
-
-
-RECIPE: Training = recipe.TRAINING

@@ -24,7 +24,7 @@ class Options:
     - `text`, `label`: columns; two of texts, for pairs. Classes are the labels that occur in training, sorted.
     - `max_length`: longer texts are cut, and counted; None: what the model has room for, 512 at most.
     - `max_shapes`: the number of lengths that batches are padded to; each is a program to compile.
-    - `lora`: adapters are trained, the head whole, and nothing else.
+    - `lora`: adapters are trained (of this rank; `Adapter` says more of them), the head whole, and nothing else.
     - `freeze`: patterns of paths that are not trained, `backbone.embedding` say.
     - `layer_decay`: the rate of a layer is so much that of the next one.
     - `original`: the RoBERTa article's optimizer and schedule (`originals.roberta_article`) in the place of AdamW.
@@ -39,7 +39,7 @@ class Options:
     label: str = "label"
     max_length: int | None = None
     max_shapes: int = 8
-    lora: Adapter | None = None
+    lora: Adapter | int | None = None
     freeze: tuple[str, ...] = ()
     layer_decay: float | None = None
     original: bool = False
@@ -98,7 +98,7 @@ def command_line() -> argparse.ArgumentParser:
     """All that can be said."""
     rates = f"the learning rate is {RATE:g}, or {LORA_RATE:g} with --lora"
     said = f"Fine-tunes a text classifier. Where nothing else is said, {rates}, and there are {EPOCHS:g} epochs."
-    made = parser("classify", said, learning_rate=None)
+    made = parser("classify", said, learning_rate=f"{RATE:g}, with --lora {LORA_RATE:g}", epochs=EPOCHS)
     add = made.add_argument_group("classifier").add_argument
     add("--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id, with tokenizer.json")
     add(

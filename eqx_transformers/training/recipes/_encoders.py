@@ -1,6 +1,6 @@
 """A model and the texts that it reads: loaded, held out, tokenized and put into batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ...sharding import row_share
 from ..batching import AbstractLayout, Buckets
 from ..data import Batches
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
 from ._lines import is_held_out
-from ._options import WrongUsage
+from ._options import WrongUsage, expect_foreign, naming
 
 LONGEST = 128  # tokens, where the model has room for more and nothing is said
 Path_ = str | PathLike[str]
@@ -24,11 +25,12 @@ def several(paths: Path_ | Sequence[Path_]) -> list[Path_]:
     return [paths] if isinstance(paths, str | PathLike) else list(paths)
 
 
-def read(paths: Sequence[Path_], text: str | tuple[str, str]) -> Records:
-    """The texts of several files, one after the other."""
+def read(paths: Sequence[Path_], text: str | tuple[str, str], options: Mapping[str, str]) -> Records:
+    """The texts of several files, one after the other; `options` says by the column which option names another."""
     if not paths:
         raise WrongUsage("There are no files of texts: name one at least.")
-    found = [read_texts(path, text=text) for path in paths]
+    with naming(options):
+        found = [read_texts(path, text=text) for path in paths]
     joined: Any = [[x for one in found for x in getattr(one, name)] for name in ("texts", "files", "lines")]
     return Records(joined[0], None, (), joined[1], joined[2], sum(one.blank for one in found))
 
@@ -51,6 +53,7 @@ def loaded(source: Path_, head: type, seed: int) -> tuple[Any, Any, str]:
     """(model, origin, what to say of it): a checkpoint in float32 under a head, which is drawn where it has none."""
     import converters
 
+    expect_foreign(source)
     reports: list[Any] = []
     key = jax.random.key(seed)
     model, origin = converters.load(source, head=head, key=key, dtype="float32", announce=reports.append)
@@ -84,10 +87,11 @@ def tokenized(texts: Sequence[str], tokenizer: Any, vocab_size: int, max_length:
     return TokenizedTexts(tokens.ids, tokens.offsets, truncated=tokens.truncated)  # one text each: no types
 
 
-def shuffled(texts: TokenizedTexts, layout: AbstractLayout, config: Any, seed: int, **options: Any) -> Batches:
+def shuffled(
+    texts: TokenizedTexts, layout: AbstractLayout, config: Any, seed: int, mesh: Any, **options: Any
+) -> Batches:
     """Endless, of this process's rows."""
-    process = jax.process_index(), jax.process_count()
-    return Batches(texts, layout, padding_id=_padding(config), seed=seed, process=process, **options)
+    return Batches(texts, layout, padding_id=_padding(config), seed=seed, process=row_share(mesh), **options)
 
 
 def in_order(texts: TokenizedTexts, layout: AbstractLayout, config: Any, **options: Any) -> Batches:

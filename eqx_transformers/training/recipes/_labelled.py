@@ -16,6 +16,7 @@ from ..data import Batches
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
 from . import _encoders as encoders
+from ._options import naming
 
 
 class Labelled(NamedTuple):
@@ -43,9 +44,10 @@ def read(
     names: Sequence[str] | None = None,
 ) -> Records:
     """What is trained on, of two classes at least; with the `names` of the classes, what is only evaluated."""
-    if names is None:
-        return read_texts(path, text=text, label=label)
-    return read_texts(path, text=text, label=label, labels=names, least_classes=1)
+    known: dict[str, Any] = {} if names is None else {"labels": names, "least_classes": 1}
+    texts = [text] if isinstance(text, str) else text
+    with naming(dict.fromkeys(texts, "--text") | {label: "--label"}):
+        return read_texts(path, text=text, label=label, **known)
 
 
 def tokenized(records: Records, tokenizer: Any, config: Any, max_length: int | None) -> Labelled:
@@ -130,10 +132,9 @@ def shares(tokens: TokenizedTexts, batches: Batches) -> str:
     return f"{len(batches.shapes)} lengths, {1 - tokens.lengths.sum() / computed:.0%} of the tokens are padding"
 
 
-def counted(name: str, texts: Labelled, names: Sequence[str], max_length: int | None) -> str:
+def counted(name: str, texts: Labelled, names: Sequence[str]) -> str:
     """What was read, for the user."""
     classes = np.bincount(texts.labels, minlength=len(names))
     each = ", ".join(f"{one}: {count}" for one, count in list(zip(names, classes, strict=True))[:8])
     more = f", … of {len(names)} classes" if len(names) > 8 else ""
-    cut = f"; {texts.tokens.truncated} cut to {max_length} tokens" if texts.tokens.truncated else ""
-    return f"{name}: {len(texts.texts)} texts ({each}{more}){cut}"
+    return f"{name}: {len(texts.texts)} texts ({each}{more})"

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from ...models.heads import CausalLM
 from ...serialisation import is_native, load
+from ...sharding import row_share
 from ..data import Batch, Batches
 from ..optimizers import adamw
 from ..originals import functional_transformer, haiku_tutorial
@@ -22,8 +23,9 @@ from ..text import DataError, read_text
 from ..vocabularies import load_tokenizer, train_tokenizer
 from . import _encoders as encoders
 from ._language_models import MODELS, OPTIMIZERS, Preset, Shape, config_of, preset
-from ._options import Training, WrongUsage, expect_share, option
+from ._options import Settled, Training, WrongUsage, expect_share, option
 
+MODEL = "functional-head"
 SPECIAL = ("<pad>", "<unk>")
 BPE_SIZE = 1000
 PATIENCE = 5
@@ -36,7 +38,7 @@ FINE_TUNING = Preset(0, 0, 0, 0, 0, 0.0, 128, 8, 5e-5, "adamw", 1.0, 0.999, "off
 class Options:
     """Which text, which model, which steps. Raises `WrongUsage` for what is out of range."""
 
-    model: str = option("functional-head", "the family of a new model", choices=MODELS)
+    model: str | None = option(None, f"the family of a new model (default {MODEL})", choices=MODELS)
     quick: bool = option(False, "a tiny model and 50 steps: the functional transformer's quick mode")
     original: bool = option(False, "the original's own sizes, batches and number of steps: hours")
     tokenizer: str | None = option(
@@ -81,7 +83,7 @@ def sizes_of(options: Options, source: Any) -> Preset:
     """The numbers that are not given: of the model, or of one that goes on."""
     if source is not None:
         return FINE_TUNING
-    return preset(options.model, "quick" if options.quick else "original" if options.original else "small")
+    return preset(options.model or MODEL, "quick" if options.quick else "original" if options.original else "small")
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,20 @@ class Work:
         return {"tokenizer_class": "PreTrainedTokenizerFast", **there}
 
 
-def training_for(options: Options, source: Any = None) -> Training:
-    """Batch, rate and length of training where nothing is said; on a short text, the end of it is when it is learned
-    by heart: `PATIENCE` evaluations without a better one, but for sizes that stand for another program.
+def training_for(options: Options, source: Any = None, given: Training | None = None) -> Settled:
+    """`given`, with the model's batch, rate and length of training where nothing is said; on a short text, the end of
+    it is when it is learned by heart: `PATIENCE` evaluations without a better one, but for sizes that stand for another
+    program.
     """
     own = sizes_of(options, source)
-    return Training(
-        epochs=None if own.steps else own.epochs,
-        steps=own.steps,
-        batch_size=own.batch_size,
-        learning_rate=own.learning_rate,
-        clip_norm=own.clip_norm,
-        patience=None if options.quick or options.original else PATIENCE,
-    )
+    numbers = {
+        **({"steps": own.steps} if own.steps else {"epochs": own.epochs}),
+        "batch_size": own.batch_size,
+        "learning_rate": own.learning_rate,
+        "clip_norm": own.clip_norm or 0,
+        "patience": 0 if options.quick or options.original else PATIENCE,
+    }
+    return (given or Training()).settled(**numbers)
 
 
 class Tuned(NamedTuple):
@@ -138,7 +141,7 @@ class Tuned(NamedTuple):
     clips: bool = False
 
 
-def optimizer_of(options: Options, training: Training, steps: int, source: Any = None) -> Tuned:
+def optimizer_of(options: Options, training: Settled, steps: int, source: Any = None) -> Tuned:
     """The one that is asked for, or the model's own."""
     own = sizes_of(options, source)
     name, rate, b1 = options.optimizer or own.optimizer, training.learning_rate, options.beta1
@@ -147,8 +150,12 @@ def optimizer_of(options: Options, training: Training, steps: int, source: Any =
     if name == "adamw":
         rates = warmup_linear(rate, steps, training.warmup)
         return Tuned(adamw(rates, weight_decay=training.weight_decay, b1=b1, b2=b2), rates)
+    if (training.warmup, training.weight_decay) != (Settled.warmup, Settled.weight_decay):
+        raise WrongUsage(f"--warmup and --weight-decay are AdamW's: the optimizer {name} has a constant rate and none.")
     if name == "haiku-tutorial":
         return Tuned(haiku_tutorial(rate, clip_norm=training.clip_norm or math.inf, b1=b1, b2=b2), constant, clips=True)
+    if name != "functional" and (b1, options.beta2) != (Options.beta1, None):
+        raise WrongUsage(f"--beta1 and --beta2 are Adam's: the optimizer {name} has none.")
     method: Any = {"functional": "adam", "functional-sgd": "sgd", "functional-sign": "sign"}[name]
     return Tuned(functional_transformer(rate, b1=b1, b2=b2, method=method), constant)
 
@@ -156,12 +163,14 @@ def optimizer_of(options: Options, training: Training, steps: int, source: Any =
 _BETA2 = {"adamw": 0.999} | dict.fromkeys(OPTIMIZERS[1:], 0.99)
 
 
-def prepared(paths: Sequence[Any], source: Any, shape: Shape, options: Options, training: Training, out: Path) -> Work:
+def prepared(
+    paths: Sequence[Any], source: Any, shape: Shape, options: Options, training: Settled, out: Path, mesh: Any = None
+) -> Work:
     """All that is needed to train. Raises a `ValueError` for what the library refuses, and a `DataError`."""
     text = "\n".join(map(read_text, paths))
     at = _border(text, options.hold_out)
-    given, origin, tokenizer = (None, None, None) if source is None else _loaded(source)
-    tokenizer = _tokenizer(options, text, at, out, tokenizer)
+    given, origin, directory = (None, None, None) if source is None else _loaded(source)
+    tokenizer = _tokenizer(options, text, at, out, directory)
     tokenizer_json = tokenizer.to_str()
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -170,15 +179,14 @@ def prepared(paths: Sequence[Any], source: Any, shape: Shape, options: Options, 
     sizes = sizes_of(options, source)
     rows = options.rows or sizes.rows
     row = _length(options, sizes, given) + (rows == "crops" and source is None)
-    padding = tokenizer.token_to_id(SPECIAL[0])
+    padding, unknown = (tokenizer.token_to_id(name) for name in SPECIAL)
     vocab_size = tokenizer.get_vocab_size() if given is None else given.config.vocab_size
     if given is None:
-        config = config_of(options.model, shape, sizes, vocab_size=vocab_size, length=row, padding_id=padding)
+        config = config_of(options.model or MODEL, shape, sizes, vocab_size=vocab_size, length=row, padding_id=padding)
         given = CausalLM(config, key=jax.random.key(training.seed))
-    process = jax.process_index(), jax.process_count()
     layout = Windows(training.batch_size, row, starts="offset" if rows == "offsets" else "fixed")
     fill, seed = padding or 0, training.seed
-    batches = Batches([train], layout, padding_id=fill, seed=seed, process=process, transform=_full_rows)
+    batches = Batches([train], layout, padding_id=fill, seed=seed, process=row_share(mesh), transform=_full_rows)
     scored = Windows(training.batch_size, row, stride=row - 1, pad=True)
     prompt = held[:PROMPT] if options.prompt is None else encoded(options.prompt, tokenizer)
     if not len(prompt):
@@ -189,6 +197,8 @@ def prepared(paths: Sequence[Any], source: Any, shape: Shape, options: Options, 
         " different ones are known",
         f"{given.config.family} of {count:,} parameters, rows of {row} tokens, {batches.per_epoch} batches an epoch",
     ]
+    if strange := 0 if unknown is None else int((train == unknown).sum() + (held == unknown).sum()):
+        said.append(f"{strange:,} tokens are unknown to the tokenizer: what stands there is not learned")
     return Work(
         model=given,
         origin=origin,
@@ -232,25 +242,25 @@ def _border(text: str, share: float) -> int:
 
 
 def _loaded(source: Any) -> tuple[Any, Any, Any]:
-    """(model, origin, tokenizer) of a directory of either kind."""
+    """(model, origin, where its tokenizer lies) of a directory of either kind."""
     if Path(source).is_dir() and is_native(source):
-        model, extras = load(source)
+        model, _ = load(source)
         if not isinstance(model, CausalLM):
             raise WrongUsage(f"{source} holds a {type(model).__name__}: --from goes on with a CausalLM.")
-        return model, None, load_tokenizer(source) if "tokenizer.json" in extras else None
+        return model, None, source
     model, origin, _ = encoders.loaded(source, CausalLM, 0)
-    has = (Path(origin.directory) / "tokenizer.json").is_file()
-    return model, origin, load_tokenizer(origin.directory) if has else None
+    return model, origin, origin.directory
 
 
 def _tokenizer(options: Options, text: str, at: int, out: Path, own: Any) -> Any:
-    """The one that is asked for; that of the run, where it goes on; or one that is made of the text.
+    """The one that is asked for; that of a model, in the directory `own`; that of the run, where it goes on; or one
+    that is made of the text.
 
     Of characters, all of the text are known: a held-out one that is not would be one and the same token with others,
     and easier to predict. BPE is made of what is trained on.
     """
     if options.tokenizer is None and own is not None:
-        return own
+        return load_tokenizer(own)
     kind = options.tokenizer or "char"
     name, _, size = kind.partition(":")
     if name not in ("char", "bpe") or (size and not size.isdecimal()):

@@ -123,6 +123,6 @@ def _expect_both(held: Bool[np.ndarray, " lines"], share: float) -> None:
     if held.all() or not held.any():
         which = "held out" if held.all() else "trained on"
         raise WrongUsage(
-            f"All {len(held)} lines are {which}: with so few, --held-out {share} leaves nothing for the other share."
+            f"All {len(held)} lines are {which}: with so few, --hold-out {share} leaves nothing for the other share."
             " Give more lines, or another share (0.2, say)."
         )

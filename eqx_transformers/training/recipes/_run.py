@@ -22,8 +22,9 @@ from ..optimizers import adamw
 from ..schedules import warmup_linear
 from ..text import DataError
 from ..updater import TrainState, Updater
-from ._options import Training, WrongUsage
+from ._options import Settled, Training, WrongUsage, usage
 
+RECORDS = 20_000  # of steps, which every checkpoint holds
 Best = tuple[str, Literal["min", "max"]]  # a metric that is evaluated, and which of its values is best
 
 
@@ -51,14 +52,16 @@ def program(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     raise SystemExit(command(main))
 
 
-def begin(training: Training) -> Any:
+def begin(training: Settled) -> Any:
     """The mesh that is asked for, or None; joins the other processes first, where there are."""
-    if training.coordinator is not None:
-        start_processes(training.coordinator, training.processes, training.process)
+    with usage():
+        if training.coordinator is not None:
+            start_processes(training.coordinator, training.processes, training.process)
     if training.mesh is None:
         return None
     try:
         mesh = make_mesh(training.mesh)
+        rules_for(mesh)
     except ValueError as error:
         raise WrongUsage(f"--mesh {training.mesh}: {error}") from error
     if training.batch_size % (training.accumulate * (parts := mesh.shape.get("data", 1))):
@@ -73,7 +76,7 @@ def train(
     model: Any,
     loss: Callable[..., Any],
     batches: Batches,
-    training: Training,
+    training: Settled,
     out: Path,
     *,
     epochs: float | int,
@@ -124,11 +127,12 @@ def train(
             evaluate_every=None if evaluate is None else training.evaluate_every or per_epoch,
             checkpoints=checkpoints,
             checkpoint_every=training.checkpoint_every or training.evaluate_every or per_epoch,
-            stop=None if training.patience is None else EarlyStop(*best, training.patience),
+            stop=None if not training.patience else EarlyStop(*best, training.patience),
             log=out / "log.jsonl",
             plot=out / "curves.png",
             callbacks=tuple(callbacks),
             progress=training.progress,
+            log_every=max(1, steps // RECORDS),
         )
 
 

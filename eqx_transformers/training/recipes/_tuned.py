@@ -17,7 +17,7 @@ from ...surgery import Selection, adapter_mask, add_adapter, layer_rates, scale_
 from ..optimizers import adamw
 from ..originals import roberta_article, roberta_scale
 from ..schedules import warmup_linear
-from ._options import Training
+from ._options import Settled, expect_foreign
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def ready(
     source: str | PathLike[str],
     names: Sequence[str],
     seed: int,
-    lora: Adapter | None,
+    lora: Adapter | int | None,
     freeze: Sequence[str],
     override: Mapping[str, Any],
 ) -> Ready:
@@ -58,6 +58,8 @@ def ready(
     """
     import converters
 
+    lora = Adapter(lora) if isinstance(lora, int) else lora
+    expect_foreign(source)
     reports: list[Any] = []
     options: dict[str, Any] = {"labels": list(names), "override": dict(override) or None, "dtype": "float32"}
     key = jax.random.key(seed)
@@ -100,9 +102,11 @@ def _share(model: Any, trains: Any) -> str:
     return f"{count(trained):,} of {count(model):,} parameters are trained"
 
 
-def optimizer(model: Any, training: Training, steps: int, layer_decay: float | None, original: bool) -> dict[str, Any]:
+def optimizer(model: Any, training: Settled, steps: int, layer_decay: float | None, original: bool) -> dict[str, Any]:
     """`optimizer` and `schedule` of `train`; none where its own are meant."""
     if original:
+        if training.weight_decay != Settled.weight_decay:
+            raise ValueError("--original has no --weight-decay: it is AdamW's.")
         clip = training.clip_norm or float("inf")
         made = roberta_article(training.learning_rate, steps, warmup=training.warmup, max_grad_norm=clip)
         scale = roberta_scale(steps, training.warmup)

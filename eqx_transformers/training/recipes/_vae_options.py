@@ -7,7 +7,7 @@ from typing import Any
 
 from ..objectives import autoencoder_loss
 from ..regularisers import logistic_weight
-from ._options import WrongUsage, option
+from ._options import WrongUsage, expect_share, option
 
 LATENT_TOKENS = 8
 
@@ -20,7 +20,7 @@ class Samples:
         16, "tokens of a line with its end at most; longer lines are skipped (the T5-VAE's set_seq_size)"
     )
     limit: int | None = option(None, "how many lines are read, a sample of all")
-    held_out: float = option(0.02, "the share of the lines that is not trained on, chosen by a hash of each")
+    hold_out: float = option(0.02, "the share of the lines that is not trained on, chosen by a hash of each")
     evaluate_lines: int = option(512, "held-out lines of an evaluation; at the end eight times as many")
     vocab_size: int = option(1000, "tokens of a tokenizer that is made of the lines")
     tokenizer: str | None = option(None, "a tokenizer.json, or a directory with one, in its place", metavar="PATH")
@@ -31,8 +31,7 @@ class Samples:
     def __post_init__(self):
         least = {"length": 2, "limit": 2, "evaluate_lines": 2, "vocab_size": 300, "pairs": 0, "points": 2}
         _expect_at_least(self, least)
-        if not 0 < self.held_out < 1:
-            raise WrongUsage(f"--held-out {self.held_out} must be a share between 0 and 1.")
+        expect_share("--hold-out", self.hold_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,13 @@ from ...models.t5 import T5
 from ...models.t5_config import T5_V1, T5Config
 from ...models.t5_vae import T5VAE
 from ...models.t5_vae_config import FLAX_T5_VAE, T5VAEConfig
+from ...serialisation import is_native, load
+from ...sharding import row_share
 from ..batching import Buckets
 from ..data import Batches
 from ..vocabularies import load_tokenizer, train_tokenizer
 from ._lines import Lines, read, split, train_lines
-from ._options import Training, WrongUsage
+from ._options import Settled, WrongUsage
 from ._vae_options import LATENT_TOKENS, Objective, Samples, Shape
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the ids that T5 gives them
@@ -56,20 +58,21 @@ class Work:
         return np.random.default_rng(0).permutation(np.flatnonzero(self.lines.held))
 
 
-def loaded_t5(directory: str | os.PathLike[str]) -> T5:
-    """A T5 with what its codes need. Raises a `WrongUsage` for another model."""
+def loaded_t5(source: str | os.PathLike[str]) -> tuple[T5, Path]:
+    """(a T5 in float32 with what its codes need, where its tokenizer lies). Raises a `WrongUsage` for another model."""
     import converters
 
-    model = converters.load(directory)[0]
+    if Path(source).is_dir() and is_native(source):
+        model, directory = load(source)[0], Path(source)
+    else:
+        origin: Any
+        model, origin = converters.load(source, dtype="float32")
+        directory = Path(origin.directory)
     if not isinstance(model, T5):
-        raise WrongUsage(
-            f"--t5 {directory} is a {type(model).__name__}: a T5 with both halves and its output is needed."
-        )
+        raise WrongUsage(f"--t5 {source} is a {type(model).__name__}: a T5 with both halves and its output is needed.")
     if None in (model.config.padding_id, model.config.start_id, model.config.end_id):
-        raise WrongUsage(
-            f"--t5 {directory}: its config must name pad_token_id, decoder_start_token_id and eos_token_id."
-        )
-    return model
+        raise WrongUsage(f"--t5 {source}: its config must name pad_token_id, decoder_start_token_id and eos_token_id.")
+    return model, directory
 
 
 def prepared(path: str | os.PathLike[str] | None, out: Path, t5: Any, base: T5 | None, samples: Samples) -> Work:
@@ -88,7 +91,7 @@ def prepared(path: str | os.PathLike[str] | None, out: Path, t5: Any, base: T5 |
         repeated,
         tokenizer,
         length=samples.length,
-        held_out=samples.held_out,
+        held_out=samples.hold_out,
         padding_id=padding_id,
         end_id=end_id,
     )
@@ -104,7 +107,7 @@ def _tokenizer(lines: list[str], out: Path, given: Any, samples: Samples) -> Any
         except ValueError as error:
             raise WrongUsage(str(error)) from error
     else:
-        own = train_lines(lines, samples.held_out)
+        own = train_lines(lines, samples.hold_out)
         tokenizer = train_tokenizer(own, "bpe", vocab_size=samples.vocab_size, special_tokens=SPECIAL, end=SPECIAL[1])
     return tokenizer
 
@@ -150,12 +153,12 @@ def _codes(shape: Shape, samples: Samples, objective: Objective, t5: T5Config) -
     return T5VAEConfig(pooling=shape.pooling, variational=is_drawn, inner_dim=shape.inner_dim, **common)  # pyright: ignore[reportArgumentType]
 
 
-def batches_of(work: Work, samples: Samples, training: Training) -> Batches:
+def batches_of(work: Work, samples: Samples, training: Settled, mesh: Any) -> Batches:
     """The lines that are trained on, all padded to one length."""
     return Batches(
         [row[row != work.padding_id] for row in work.lines.ids[~work.lines.held]],
         Buckets(batch_size=training.batch_size, lengths=(samples.length,)),
         padding_id=work.padding_id,
         seed=training.seed,
-        process=(jax.process_index(), jax.process_count()),
+        process=row_share(mesh),
     )

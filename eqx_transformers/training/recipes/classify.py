@@ -30,7 +30,17 @@ from ..vocabularies import load_tokenizer
 from . import _encoders as encoders, _labelled as data
 from ._classify_options import EPOCHS, LONGEST, LORA_RATE, RATE, Options as Options, command_line, options_of
 from ._labelled import Labelled
-from ._options import Training, WrongUsage, absolute, settings_of, settle, training as training_of, usage
+from ._options import (
+    Settled,
+    Training,
+    WrongUsage,
+    absolute,
+    located,
+    settings_of,
+    settle,
+    training as training_of,
+    usage,
+)
 from ._run import Best, begin, final, program, train as trained
 from ._tuned import Adapter as Adapter, Ready, export, optimizer, ready
 
@@ -56,6 +66,7 @@ class Task(NamedTuple):
     batches: Batches
     scored: dict[str, Batches]
     max_length: int
+    cut: int  # texts that were longer
 
 
 def classify(
@@ -73,15 +84,15 @@ def classify(
     Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
     """
     options = Options() if options is None else options
-    training = Training(learning_rate=RATE if options.lora is None else LORA_RATE) if training is None else training
-    if training.patience is not None and not options.holds_out:
+    training = (training or Training()).settled(learning_rate=RATE if options.lora is None else LORA_RATE)
+    if training.patience and not options.holds_out:
         raise WrongUsage("--patience needs texts that are held out: give --validation FILE or --hold-out 0.1.")
     mesh, out = begin(training), Path(out)
     records = _records({"train": train, "validation": options.validation, "test": test}, options)
     names = records["train"].names
     with usage():
         made = ready(model, names, training.seed, options.lora, options.freeze, options.override)
-        task = prepared(records, made, training, options)
+        task = prepared(records, made, training, options, mesh)
         settle(out, _settings(train, test, model, training, options, task))
     if training.progress and jax.process_index() == 0:
         print("\n".join(_said(task, made, names)), flush=True)
@@ -99,41 +110,44 @@ def _records(paths: Mapping[str, Any], options: Options) -> dict[str, Any]:
     return found | {name: data.read(path, names=names, **columns) for name, path in others.items()}
 
 
-def prepared(records: Mapping[str, Any], made: Ready, training: Training, options: Options) -> Task:
+def prepared(records: Mapping[str, Any], made: Ready, training: Settled, options: Options, mesh: Any = None) -> Task:
     """Texts tokenized, held out and put into batches."""
     config, limit = made.model.config, encoders.limit(made.model, options.max_length, LONGEST)
     tokenizer = load_tokenizer(made.origin.directory)
     sets = {name: data.tokenized(found, tokenizer, config, limit) for name, found in records.items()}
+    cut = sum(texts.tokens.truncated for texts in sets.values())
     if options.hold_out is not None:
         kept, held = data.split(sets["train"].labels, options.hold_out, training.seed)
         sets |= {"train": sets["train"].taken(kept), "validation": sets["train"].taken(held)}
     layout = Buckets(training.batch_size, max_shapes=options.max_shapes)
     texts, labels = sets["train"].tokens, {"labels": sets["train"].labels}
-    batches = encoders.shuffled(texts, layout, config, training.seed, columns=labels)
+    batches = encoders.shuffled(texts, layout, config, training.seed, mesh, columns=labels)
 
     def scored(texts: Labelled) -> Batches:
         columns = {"labels": texts.labels, "places": np.arange(len(texts.labels))}
         layout = encoders.same_lengths(texts.tokens, training.batch_size, batches)
         return encoders.in_order(texts.tokens, layout, config, columns=columns)
 
-    return Task(sets, batches, {name: scored(texts) for name, texts in sets.items() if name != "train"}, limit)
+    return Task(sets, batches, {name: scored(texts) for name, texts in sets.items() if name != "train"}, limit, cut)
 
 
-def _settings(train: Any, test: Any, model: Any, training: Training, options: Options, task: Task) -> dict[str, Any]:
+def _settings(train: Any, test: Any, model: Any, training: Settled, options: Options, task: Task) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
     paths = {"train": absolute(train), "test": absolute(test), "validation": absolute(options.validation)}
-    given = {"max_length": task.max_length, "texts": task.batches.fingerprint, "model": str(model)}
+    given = {"max_length": task.max_length, "texts": task.batches.fingerprint, "model": located(model)}
     return settings_of(training, options) | given | paths
 
 
 def _said(task: Task, made: Ready, names: Sequence[str]) -> Iterator[str]:
     for name, texts in task.sets.items():
-        yield data.counted(name, texts, names, task.max_length)
+        yield data.counted(name, texts, names)
+    if task.cut:
+        yield f"{task.cut} texts are cut to {task.max_length} tokens"
     yield made.said
     yield data.shares(task.sets["train"].tokens, task.batches)
 
 
-def _fitted(made: Ready, task: Task, training: Training, options: Options, out: Path, mesh: Any) -> Fitted:
+def _fitted(made: Ready, task: Task, training: Settled, options: Options, out: Path, mesh: Any) -> Fitted:
     evaluate = None
     if options.holds_out:
         labels, batches = task.sets["validation"].labels, task.scored["validation"]
@@ -145,7 +159,7 @@ def _fitted(made: Ready, task: Task, training: Training, options: Options, out: 
         made.model,
         classification_loss,
         task.batches,
-        replace(training, clip_norm=None) if options.original else training,  # its optimizer clips by itself
+        replace(training, clip_norm=0) if options.original else training,  # its optimizer clips by itself
         out,
         epochs=EPOCHS,
         mesh=mesh,
@@ -185,8 +199,6 @@ def _show(out: Path, name: str, texts: Labelled, logits: Any, result: dict[str, 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     args = command_line().parse_args(argv)
-    if args.learning_rate is None:
-        args.learning_rate = RATE if args.lora is None else LORA_RATE
     said = classify(
         args.train, args.test, model=args.model, out=args.out, training=training_of(args), options=options_of(args)
     )

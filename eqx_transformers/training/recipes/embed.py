@@ -34,12 +34,14 @@ from . import _encoders as encoders
 from ._encoders import Path_
 from ._labelled import logits as outputs
 from ._options import (
+    Settled,
     Training,
     WrongUsage,
     absolute,
     add_options,
     expect_share,
     gathered,
+    located,
     option,
     parser,
     settings_of,
@@ -124,12 +126,14 @@ def embed(
     Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
     """
     options = Options() if options is None else options
-    training = _training(options) if training is None else training
+    training = (training or Training()).settled(
+        batch_size=ROWS, learning_rate=RATE if options.lora is None else LORA_RATE
+    )
     mesh, out = begin(training), Path(out)
     kept, held = _shares(_read(pairs, options), options)
     made, origin, said = encoders.loaded(model, SentenceEmbedder, training.seed)
     with usage():
-        task = _prepared(made, load_tokenizer(origin.directory), kept, held, training, options)
+        task = _prepared(made, load_tokenizer(origin.directory), kept, held, training, options, mesh)
         made, trains = _adapted(made, options.lora, training.seed)
         settle(out, _settings(pairs, model, training, options, task))
     before = task.measured(made)
@@ -143,16 +147,14 @@ def embed(
     return _finished(made, origin, fitted, before, task.measured(made), out)
 
 
-def _training(options: Options) -> Training:
-    return Training(batch_size=ROWS, learning_rate=RATE if options.lora is None else LORA_RATE)
-
-
 def _read(path: Path_, options: Options) -> list[Any]:
     """Pairs of a table; or texts, of plain lines or where they are asked for."""
     is_plain = Path(path).is_file() and Path(path).suffix.lower() not in TABLES
     if is_plain or options.text is not None:
-        return encoders.read([path], options.text or "text").texts
-    return list(dict.fromkeys(encoders.read([path], (options.first, options.second)).texts))
+        text = options.text or "text"
+        return encoders.read([path], text, {text: "--text"}).texts
+    columns = {options.first: "--first", options.second: "--second"}
+    return list(dict.fromkeys(encoders.read([path], (options.first, options.second), columns).texts))
 
 
 def _shares(found: list[Any], options: Options) -> tuple[list[Any], list[Pair]]:
@@ -168,7 +170,7 @@ def _shares(found: list[Any], options: Options) -> tuple[list[Any], list[Pair]]:
 
 
 def _prepared(
-    model: Any, tokenizer: Any, kept: list[Any], held: list[Pair], training: Training, options: Options
+    model: Any, tokenizer: Any, kept: list[Any], held: list[Pair], training: Settled, options: Options, mesh: Any
 ) -> Task:
     limit, is_pair = encoders.limit(model, options.max_length), not isinstance(kept[0], str)
     if not is_pair and not any(model.config.rate(site) for site in RATES):
@@ -176,9 +178,8 @@ def _prepared(
     tokens = lambda texts: encoders.tokenized(texts, tokenizer, model.config.vocab_size, limit)
     first, *rest = [tokens(side) for side in zip(*kept, strict=True)] if is_pair else [tokens(kept)]
     layout = Buckets(training.batch_size, max_shapes=options.max_shapes)
-    batches = encoders.shuffled(
-        first, layout, model.config, training.seed, more={"positive": rest[0]} if rest else None
-    )
+    more = {"positive": rest[0]} if rest else None
+    batches = encoders.shuffled(first, layout, model.config, training.seed, mesh, more=more)
     sides = [tokens(side) for side in zip(*held, strict=True)]
     columns = {"places": np.arange(len(held))}
     of = lambda side: encoders.same_lengths(side, training.batch_size, batches)
@@ -199,9 +200,9 @@ def _adapted(model: Any, rank: int | None, seed: int) -> tuple[Any, Any]:
     return model, adapter_mask(model)
 
 
-def _settings(pairs: Any, model: Any, training: Training, options: Options, task: Task) -> dict[str, Any]:
+def _settings(pairs: Any, model: Any, training: Settled, options: Options, task: Task) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    given = {"pairs": absolute(pairs), "model": str(model), "texts": task.batches.fingerprint}
+    given = {"pairs": absolute(pairs), "model": located(model), "texts": task.batches.fingerprint}
     return settings_of(training, options) | given
 
 
@@ -226,8 +227,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: see `--help`."""
     args = _parser().parse_args(argv)
     options = gathered(args, Options)
-    if args.learning_rate is None:
-        args.learning_rate = _training(options).learning_rate
     said = embed(args.pairs, model=args.model, out=args.out, training=training_of(args), options=options)
     if jax.process_index() == 0:
         print(f"written: {said.path}")
@@ -238,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     rates = f"the learning rate is {RATE:g}, or {LORA_RATE:g} with --lora"
     said = f"Trains sentence embeddings on pairs of texts. Where nothing else is said, {rates}; {EPOCHS} epochs."
-    made = parser("embed", said, learning_rate=None, batch_size=ROWS)
+    rate = f"{RATE:g}, with --lora {LORA_RATE:g}"
+    made = parser("embed", said, learning_rate=rate, batch_size=ROWS, epochs=EPOCHS)
     made.add_argument("pairs", metavar="PAIRS", help=".tsv, .csv or .jsonl of pairs; or plain lines, which are texts")
     made.add_argument(
         "--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id, with tokenizer.json"

@@ -33,13 +33,15 @@ from . import _encoders as encoders
 from ._dump import dump
 from ._encoders import Path_
 from ._language_models import Shape as Shape, preset
-from ._language_setup import Options as Options, Work, optimizer_of, prepared, training_for
+from ._language_setup import MODEL, PATIENCE, Options as Options, Work, optimizer_of, prepared, training_for
 from ._options import (
+    Settled,
     Training as Training,
     WrongUsage,
     absolute,
     add_options,
     gathered,
+    located,
     parser,
     settings_of,
     settle,
@@ -84,13 +86,15 @@ def language_model(
     the first one stopped. Raises `WrongUsage`, a `DataError`, and the converters' errors.
     """
     options, shape = options or Options(), shape or Shape()
-    training = training or training_for(options, source)
-    if source is not None and (shape.is_given or options.quick or options.original):
-        raise WrongUsage("--from goes on with a model that has its sizes: leave out --quick, --original and all sizes.")
+    training = training_for(options, source, training)
+    if source is not None and (shape.is_given or options.quick or options.original or options.model is not None):
+        raise WrongUsage(
+            "--from goes on with a model that has its sizes: leave out --model, --quick, --original and all sizes."
+        )
     mesh, out = begin(training), Path(out)
     paths = encoders.several(texts)
     with usage():
-        work = prepared(paths, source, shape, options, training, out)
+        work = prepared(paths, source, shape, options, training, out, mesh)
         settle(out, _settings(paths, source, shape, options, training, work))
     baselines = _baselines(work)
     measure = partial(measured, batches=work.evaluated(options.evaluate_batches))
@@ -106,7 +110,7 @@ def language_model(
         work.model,
         language_model_loss,
         work.batches,
-        replace(training, evaluate_every=each, clip_norm=None if tuned.clips else training.clip_norm),
+        replace(training, evaluate_every=each, clip_norm=0 if tuned.clips else training.clip_norm),
         out,
         epochs=work.epochs,
         mesh=mesh,
@@ -159,7 +163,7 @@ def _loss(found: dict[str, float], work: Work) -> str:
     return f"held-out loss {found['loss']:.4f} nats a token, {bits:.4f} bits a character"
 
 
-def _sample(model: Any, work: Work, options: Options, training: Training, mesh: Any) -> str:
+def _sample(model: Any, work: Work, options: Options, training: Settled, mesh: Any) -> str:
     if not options.sample_tokens:
         return ""
     model = model if mesh is None else whole(model, mesh)
@@ -193,10 +197,10 @@ def _dumped(directory: Path, work: Work, mesh: Any, updater: Updater, state: Tra
 
 
 def _settings(
-    paths: list[Any], source: Any, shape: Shape, options: Options, training: Training, work: Work
+    paths: list[Any], source: Any, shape: Shape, options: Options, training: Settled, work: Work
 ) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    given = {"files": list(map(absolute, paths)), "from": None if source is None else str(source)}
+    given = {"files": list(map(absolute, paths)), "from": located(source)}
     return settings_of(training, options, shape, without=UNSETTLED) | given | {"texts": work.batches.fingerprint}
 
 
@@ -236,19 +240,12 @@ def _export(model: Any, work: Work, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: see `--help`."""
     args = command_line().parse_args(argv)
-    options = gathered(args, Options)
-    own = training_for(options, args.source)
-    for name in ("learning_rate", "batch_size", "clip_norm", "patience"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(own, name))
-    if args.epochs is None and args.steps is None:
-        args.epochs, args.steps = own.epochs, own.steps
     said = language_model(
         args.texts,
         out=args.out,
         source=args.source,
         shape=gathered(args, Shape),
-        options=options,
+        options=gathered(args, Options),
         training=training_of(args),
     )
     if jax.process_index() == 0:
@@ -272,15 +269,15 @@ def _last(metrics: dict[str, Any], path: Path, sample: str) -> str:
 
 def command_line() -> argparse.ArgumentParser:
     """All that can be said."""
-    model = Options().model
-    own, own_training = preset(model, "small"), training_for(Options())
+    own = preset(MODEL, "small")
     said = (
         "Trains a causal language model on any text. Sizes, batch, rate and length of training are the model's own"
-        f" where they are not given: of {model}, {own.steps} batches of {own.batch_size} rows of {own.length} tokens"
+        f" where they are not given: of {MODEL}, {own.steps} batches of {own.batch_size} rows of {own.length} tokens"
         f" at a rate of {own.learning_rate:g}. It is evaluated {EVALUATIONS} times, and stops after"
-        f" {own_training.patience} without a better one, where no option says otherwise (--quick and --original never)."
+        f" {PATIENCE} without a better one, where no option says otherwise (--quick and --original never)."
     )
-    made = parser("language_model", said, learning_rate=None, batch_size=None, clip_norm=None)
+    numbers = ("learning_rate", "batch_size", "clip_norm")
+    made = parser("language_model", said, **dict.fromkeys(numbers, "the model's own"), evaluate_every="a 20th of all")
     made.add_argument("texts", nargs="+", metavar="TEXT", help="a file in UTF-8, or a directory of them")
     made.add_argument(
         "--from",

@@ -34,11 +34,13 @@ from . import _encoders as encoders
 from ._encoders import Path_
 from ._masked_lm_options import Options, Shape
 from ._options import (
+    Settled,
     Training,
     WrongUsage,
     absolute,
     add_options,
     gathered,
+    located,
     parser,
     settings_of,
     settle,
@@ -90,17 +92,17 @@ def masked_lm(
     looks like. Of the held-out texts the same tokens are hidden every time. A second call goes on where the first one
     stopped. Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
     """
-    training, options = training or Training(), options or Options()
+    training, options = (training or Training()).settled(), options or Options()
     if (model is None) == (scratch is None):
         raise WrongUsage("Give either --model DIR, to go on with a model, or --from-scratch, for a new one.")
     mesh, out = begin(training), Path(out)
     paths = encoders.several(texts)
-    found = encoders.read(paths, options.text).texts
+    found = encoders.read(paths, options.text, {options.text: "--text"}).texts
     held = encoders.held_out(found, options.hold_out)
     shares = [[text for text, out_ in zip(found, held, strict=True) if out_ == which] for which in (False, True)]
     with usage():
         made = _new(shares[0], out, scratch, training, options) if scratch else _given(model, training)
-        batches, scored, said = _prepared(made, shares, training, options)
+        batches, scored, said = _prepared(made, shares, training, options, mesh)
         settle(out, _settings(paths, model, scratch, training, options, batches))
     before = measured(made.model, scored)
     if jax.process_index() == 0:
@@ -128,12 +130,12 @@ def _scored(model: Any, batch: dict[str, Any]) -> Any:
     return masked_lm_loss(model, batch, accuracy=True)
 
 
-def _given(source: Any, training: Training) -> Ready:
+def _given(source: Any, training: Settled) -> Ready:
     model, origin, said = encoders.loaded(source, MaskedLM, training.seed)
     return Ready(model, origin, load_tokenizer(origin.directory), said)
 
 
-def _new(texts: list[str], out: Path, shape: Shape, training: Training, options: Options) -> Ready:
+def _new(texts: list[str], out: Path, shape: Shape, training: Settled, options: Options) -> Ready:
     """A RoBERTa, and a tokenizer made of what is trained on (or that of the run, where it goes on)."""
     kept = out / "tokenizer.json"
     make = partial(train_tokenizer, texts, "bpe", special_tokens=SPECIAL, begin=SPECIAL[0], end=SPECIAL[2])
@@ -156,7 +158,7 @@ def _new(texts: list[str], out: Path, shape: Shape, training: Training, options:
 
 
 def _prepared(
-    made: Ready, shares: list[list[str]], training: Training, options: Options
+    made: Ready, shares: list[list[str]], training: Settled, options: Options, mesh: Any
 ) -> tuple[Batches, Batches, str]:
     """Batches of what is trained on and of what is held out, and what to say of them."""
     limit, rows = encoders.limit(made.model, options.max_length), training.batch_size
@@ -165,7 +167,7 @@ def _prepared(
     corrupt = _corruption(made.tokenizer, options)
     packed = Packed(rows, limit) if options.pack else None
     layout = packed or Buckets(rows, max_shapes=options.max_shapes)
-    batches = encoders.shuffled(kept, layout, made.model.config, training.seed, transform=corrupt)
+    batches = encoders.shuffled(kept, layout, made.model.config, training.seed, mesh, transform=corrupt)
     layout = packed or encoders.same_lengths(held, rows, batches)
     scored = encoders.in_order(held, layout, made.model.config, transform=corrupt, seed=training.seed)
     hidden = sum(int((batch["targets"] >= 0).sum()) for batch in scored)
@@ -191,10 +193,10 @@ def _corruption(tokenizer: Any, options: Options) -> Any:
 
 
 def _settings(
-    paths: list[Any], model: Any, shape: Shape | None, training: Training, options: Options, batches: Batches
+    paths: list[Any], model: Any, shape: Shape | None, training: Settled, options: Options, batches: Batches
 ) -> dict[str, Any]:
     """All that a run that goes on must agree with."""
-    given = {"from_scratch": None if shape is None else asdict(shape), "model": None if model is None else str(model)}
+    given = {"from_scratch": None if shape is None else asdict(shape), "model": located(model)}
     given |= {"files": list(map(absolute, paths)), "texts": batches.fingerprint}
     return settings_of(training, options) | given
 
@@ -249,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser("masked_lm", f"Pre-trains an encoder as a masked language model ({EPOCHS} epochs, if not said).")
+    said = f"Pre-trains an encoder as a masked language model ({EPOCHS} epochs, if not said)."
+    made = parser("masked_lm", said, epochs=EPOCHS)
     made.add_argument("texts", nargs="+", metavar="TEXT", help="a file of a text a line, a table, or a directory")
     made.add_argument("--model", metavar="DIR", help="a Hugging Face directory or hub id, with tokenizer.json")
     made.add_argument("--from-scratch", action="store_true", help="a new model, and a tokenizer made of the texts")

@@ -19,7 +19,18 @@ from ..._files import written
 from ...models.t5_vae import T5VAE
 from ...serialisation import save
 from . import _run
-from ._options import Training, absolute, add_options, gathered, parser, settings_of, settle, training as training_of
+from ._options import (
+    Training,
+    absolute,
+    add_options,
+    gathered,
+    located,
+    parser,
+    settings_of,
+    settle,
+    training as training_of,
+    usage,
+)
 from ._python_lines import checker, kind_of
 from ._reconstruction import Reconstruction, interpolations, latent_picture, unigram_accuracy
 from ._vae_options import Objective, Samples, Shape
@@ -29,7 +40,8 @@ EPOCHS = 2.0
 ROWS = 256  # of one program that measures
 FINAL = 8  # times as many held-out lines are measured at the end as while it trains
 SAMPLES, SHAPE, OBJECTIVE = Samples(), Shape(), Objective()
-TRAINING = Training(batch_size=64, learning_rate=3e-3, evaluate_every=500)
+OWN: dict[str, Any] = {"batch_size": 64, "learning_rate": 3e-3, "evaluate_every": 500}
+BEST: _run.Best = ("accuracy", "max")
 
 
 @dataclass(frozen=True)
@@ -50,26 +62,29 @@ def t5_vae(
     samples: Samples = SAMPLES,
     shape: Shape = SHAPE,
     objective: Objective = OBJECTIVE,
-    training: Training = TRAINING,
+    training: Training | None = None,
 ) -> Result:
     """Trains a `T5VAE` on the lines of a file, or of Python's standard library, and measures it on others of them.
 
     `t5` is a directory of a T5 to begin with; without it a small one is drawn. In `out` are afterwards: `model` (the
     native format, with the tokenizer), for codes of the first tokens `exported` too (the published T5-VAE's format),
     `tokenizer.json`, `metrics.json`, `interpolations.txt`, the pictures `latents.png` and, of Python, `kinds.png`,
-    `log.jsonl`, `curves.png` and `checkpoints`. A second call goes on where the first one stopped.
+    `log.jsonl`, `curves.png` and `checkpoints`, of which the one with the best accuracy is the final model. A second
+    call goes on where the first one stopped.
 
     Raises a `DataError` or `WrongUsage` for lines and options that cannot be meant. `Reconstruction` says what is
     measured.
     """
+    training = (training or Training()).settled(**OWN)
     out, check = Path(out), None if samples.check is None else checker(samples.check)
     mesh = _run.begin(training)
-    base = None if t5 is None else loaded_t5(t5)
-    work = prepared(lines, out, t5, base, samples)
-    batches = batches_of(work, samples, training)
-    model = drawn_model(base, work, samples, shape, objective, training.seed)
-    given = {"lines": absolute(lines), "t5": absolute(t5), "texts": batches.fingerprint}
-    settle(out, settings_of(samples, shape, objective, training) | given)
+    with usage():
+        base, directory = (None, None) if t5 is None else loaded_t5(t5)
+        work = prepared(lines, out, directory, base, samples)
+        batches = batches_of(work, samples, training, mesh)
+        model = drawn_model(base, work, samples, shape, objective, training.seed)
+        given = {"lines": absolute(lines), "t5": located(t5), "texts": batches.fingerprint}
+        settle(out, settings_of(samples, shape, objective, training) | given)
     if jax.process_index() == 0:
         written(out / "tokenizer.json", work.tokenizer.to_str().encode())
         print(_said(work), flush=True)
@@ -77,17 +92,15 @@ def t5_vae(
     rows = min(ROWS, samples.evaluate_lines, len(work.held))
     measure = lambda count: Reconstruction(work.held[:count], rows, work.padding_id, loss, work.say, check)
     evaluate = measure(samples.evaluate_lines)
-    fitted = _run.train(
-        model, loss, batches, training, out, epochs=EPOCHS, mesh=mesh, evaluate=evaluate, best=("accuracy", "max")
-    )
-    return _finished(fitted.state.model, work, out, samples, measure(FINAL * samples.evaluate_lines))
+    fitted = _run.train(model, loss, batches, training, out, epochs=EPOCHS, mesh=mesh, evaluate=evaluate, best=BEST)
+    best = _run.final(fitted, training, out, BEST, mesh)
+    return _finished(best, work, out, samples, measure(FINAL * samples.evaluate_lines))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: see `--help`."""
     said = "Trains a T5-VAE on lines of text (default: those of Python's standard library)."
-    defaults = {name: getattr(TRAINING, name) for name in ("batch_size", "learning_rate", "evaluate_every")}
-    options = parser("t5_vae", said, **defaults)
+    options = parser("t5_vae", said, epochs=EPOCHS, **OWN)
     options.add_argument("lines", nargs="?", metavar="LINES", help="a file of one sample a line, or a directory")
     options.add_argument("--t5", metavar="DIR", help="a T5 to begin with, with its tokenizer")
     for title, record in (("lines", Samples), ("model", Shape), ("loss", Objective)):
@@ -121,7 +134,7 @@ def _finished(model: T5VAE, work: Work, out: Path, samples: Samples, measure: Re
         written(out / "interpolations.txt", table.encode())
         written(out / "metrics.json", json.dumps(metrics, indent=2).encode())
         _export(model, out)
-        print(f"{table}\n{_summary(metrics)}", flush=True)
+        print(f"{table}\nwritten: {out / 'model'}\n{_summary(metrics)}", flush=True)
     return Result(model, work.tokenizer, metrics, table)
 
 
