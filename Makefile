@@ -40,6 +40,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.functional
 	$(BIN)/python -m benchmarks.trace
 	$(BIN)/python -m benchmarks.lora
+	$(BIN)/python -m benchmarks.finetune --data tests/data/movie_snippets
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
