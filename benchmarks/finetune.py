@@ -21,6 +21,7 @@ import numpy as np
 
 from converters.demo import source
 from eqx_transformers.training._memory import keep_freed
+from eqx_transformers.training.loop import LAG
 from eqx_transformers.training.objectives import classification_loss
 from eqx_transformers.training.optimizers import adamw
 from eqx_transformers.training.recipes import _labelled as data
@@ -33,8 +34,6 @@ from eqx_transformers.training.updater import Updater, compiled
 
 from .reference import quiet, version
 from .timing import machine, table
-
-LAG = 2  # steps under way before a loss is asked for, as in `fit`
 
 
 class Run(NamedTuple):
@@ -191,7 +190,6 @@ def theirs(records: dict[str, Records], training: Settled) -> Run:
     steps = training.total(per_epoch, 1)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(np.ceil(steps * training.warmup)), steps)
     rng = np.random.default_rng(training.seed)
-    computed: list[int] = []
 
     def inputs(name: str, rows: Any) -> dict[str, Any]:
         found = tokenizer.pad({"input_ids": [ids[name][i] for i in rows]}, return_tensors="pt")
@@ -206,7 +204,6 @@ def theirs(records: dict[str, Records], training: Settled) -> Run:
         model.train()
         for rows in parts(rng.permutation(len(ids["train"]))):
             given = inputs("train", rows)
-            computed.append(given["input_ids"].numel())
             optimizer.zero_grad(set_to_none=True)
             model(**given).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm or float("inf"))

@@ -64,7 +64,7 @@ def fit(
       any, the run goes on from the newest, to the same numbers as if it had never stopped.
     - `log`: a `.csv` or `.jsonl` file of all records; `plot`: a `.png` or `.svg` of the curves, drawn at the end.
       `schedule(step)` is the learning rate, for both, as planned: skipped steps put it off. Every `log_every`-th step
-      is recorded.
+      is recorded, and each that is evaluated.
     - `callbacks`: see `Callback`. `progress`: shown on standard output, on another `rich` console, or (False) nowhere.
 
     Metrics are read `LAG` steps late, so that the device never waits for the host. Steps that were not finite are
@@ -166,7 +166,7 @@ class _Run:
         """Up to the end, or until a signal came."""
         while True:
             # At the beginning, so that what a signal kept from happening is made up for.
-            if self.step and self.step < self.steps and self._evaluates():
+            if self.step and self.step < self.steps and self._evaluates(self.step):
                 self._evaluate()
             if self.stop is not None and self.history.evaluations and self.stop(self.history):
                 return "early"
@@ -179,17 +179,17 @@ class _Run:
             self.state, metrics = self.updater(self.state, self.place(batch))
             self.step += 1
             self._later(metrics)
-            if self._evaluates():  # first, even where a signal came: a checkpoint has what its evaluation said
+            if self._evaluates(self.step):  # first, even where a signal came: a checkpoint has what its evaluation said
                 continue
             if agreed(asked, self.step):
                 return "signal"
             if self.checkpoint_every and self.step % self.checkpoint_every == 0:
                 self._save({})
 
-    def _evaluates(self) -> bool:
-        """Whether an evaluation comes after this step, which saves it with what it says."""
+    def _evaluates(self, step: int) -> bool:
+        """Whether an evaluation comes after a step, which saves it with what it says."""
         every = self.evaluate_every
-        return self.evaluate is not None and (self.step >= self.steps or bool(every and self.step % every == 0))
+        return self.evaluate is not None and (step >= self.steps or bool(every and step % every == 0))
 
     def _later(self, metrics: Any) -> None:
         for x in jax.tree.leaves(metrics):
@@ -207,7 +207,7 @@ class _Run:
         numbers = {name: int(x) if isinstance(x, bool) else x for name, x in numbers.items()} | self.rates(step)
         self.progress.update(step, numbers)
         self._expect_finite(step, numbers)
-        if step % self.log_every == 0 or step == self.steps:
+        if step % self.log_every == 0 or step == self.steps or self._evaluates(step):
             speed = {"tokens_per_second": self.progress.tokens_per_second} if "tokens" in numbers else {}
             self.history.steps.append({"step": step, **numbers, **speed})
             self._write(self.history.steps[-1])

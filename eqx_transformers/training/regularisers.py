@@ -87,7 +87,6 @@ def mmd(
     Raises a `ValueError` where vectors differ in size, or a set is too small: one vector, two with `unbiased`.
     Source: Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13, lemma 6.
     """
-    _expect_samples(x, y, 2 if unbiased else 1)
     return _discrepancy(x, y, kernel, unbiased, None)
 
 
@@ -117,14 +116,12 @@ def mmd_to_prior(
         noise = jax.random.normal(key, samples.shape, wider(latents.dtype, jnp.float32))
     elif key is not None or noise is None:
         raise ValueError("mmd_to_prior needs a draw from the prior: give key or noise, one of them.")
-    _expect_samples(samples, noise, 2 if unbiased else 1)
-    if weights is None:
-        return _discrepancy(samples, noise, kernel, unbiased, None)
-    _expect_weights(weights, batch)
-    if len(noise) != len(samples):
-        raise ValueError(f"weights count draws too: {len(samples)} are needed, but noise has {len(noise)}.")
-    share = jnp.repeat(jnp.asarray(weights), tokens) if per_token else jnp.asarray(weights)
-    return _discrepancy(samples, noise, kernel, unbiased, share)
+    if weights is not None:
+        _expect_weights(weights, batch)
+        if len(noise) != len(samples):
+            raise ValueError(f"weights count draws too: {len(samples)} are needed, but noise has {len(noise)}.")
+        weights = jnp.repeat(jnp.asarray(weights), tokens if per_token else 1)
+    return _discrepancy(samples, noise, kernel, unbiased, weights)
 
 
 def kl(
@@ -203,6 +200,7 @@ def _discrepancy(
     weights: Float[Array, " samples"] | None,
 ) -> Float[Array, ""]:
     """`mmd`, where the vectors count as `weights` say, in both sets alike."""
+    _expect_samples(x, y, 2 if unbiased else 1)
     dtype = wider(x.dtype, y.dtype, jnp.float32)
     x, y = x.astype(dtype), y.astype(dtype)
     # The ones of the three means cancel, and a vector's pair with itself adds nothing to k - 1.

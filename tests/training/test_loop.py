@@ -315,12 +315,12 @@ def test_callbacks_are_told_in_order_and_runs_logged_to():
 
     options = {"schedule": optax.linear_schedule(1.0, 0.0, 4), "log_every": 2}
     fitted = run(4, evaluate=held_out, evaluate_every=3, callbacks=[told, to_run(Run())], **options)
-    events = [("start", {"step": 0, "steps": 4}), ("step", 2), ("evaluate", 3), ("step", 4), ("evaluate", 4)]
-    assert told.found == [*events, ("end", fitted.history)]
-    assert [step for step, _ in logged] == [2, 3, 4, 4]
+    steps = [("step", 2), ("step", 3), ("evaluate", 3), ("step", 4), ("evaluate", 4)]  # each evaluated one is recorded
+    assert told.found == [("start", {"step": 0, "steps": 4}), *steps, ("end", fitted.history)]
+    assert [step for step, _ in logged] == [2, 3, 3, 4, 4]
     assert logged[0][1]["train/loss"] == fitted.history.steps[0]["loss"]
-    assert logged[1][1] == {"held_out/loss": fitted.history.evaluations[0]["loss"]}
-    assert [one["learning_rate"] for one in fitted.history.steps] == [0.75, 0.25]
+    assert logged[2][1] == {"held_out/loss": fitted.history.evaluations[0]["loss"]}
+    assert [one["learning_rate"] for one in fitted.history.steps] == [0.75, 0.5, 0.25]
     assert {name for name in vars(Callback) if name.startswith("on_")} == {f"on_{name}" for name in EVENTS}
 
 

@@ -1,6 +1,6 @@
 """A model and the texts that it reads: loaded, held out, tokenized and put into batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -104,6 +104,18 @@ def same_lengths(texts: TokenizedTexts, rows: int, batches: Batches) -> Buckets:
     longest, lengths = int(texts.lengths.max()), sorted(length for _, length in batches.shapes)
     last = min((n for n in lengths if n >= longest), default=longest)
     return Buckets(rows, lengths=(*(n for n in lengths if n < last), last))
+
+
+def measured(score: Callable[..., Any], model: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The `loss` and what else a loss says with `score(model, batch)`: means over all that counts in the batches.
+
+    `score` gives the numbers by name, and their `weight`.
+    """
+    found = [{name: float(x) for name, x in score(model, batch).items()} for batch in batches]
+    weights = np.array([one["weight"] for one in found])
+    mean = lambda name: float((weights * np.array([one[name] for one in found])).sum() / weights.sum())
+    others = sorted(found[0].keys() - {"loss", "weight"})
+    return {name: mean(name) for name in ["loss", *others]}
 
 
 def improved(name: str, before: dict[str, float], after: dict[str, float], metric: str) -> str:

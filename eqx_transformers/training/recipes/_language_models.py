@@ -7,7 +7,7 @@ from ...models.functional import FUNCTIONAL_2022, FUNCTIONAL_HEAD
 from ...models.gpt2 import GPT2Config
 from ...models.llama import LLAMA
 from ...models.transformer import HAIKU_EXAMPLE, HAIKU_TUTORIAL
-from ._options import WrongUsage, option
+from ._options import WrongUsage, expect_at_least, expect_dropout, option
 
 OPTIMIZERS = ("adamw", "haiku-tutorial", "functional", "functional-sgd", "functional-sign")
 
@@ -25,12 +25,8 @@ class Shape:
     max_positions: int | None = option(None, "rows of the table of positions (default: as many as a row has tokens)")
 
     def __post_init__(self):
-        for name in ("layers", "heads", "head_dim", "embed_dim", "mlp_dim", "max_positions"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise WrongUsage(f"--{name.replace('_', '-')} {given} must be at least 1.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise WrongUsage(f"--dropout {self.dropout} must be at least 0 and below 1.")
+        expect_at_least(self, dict.fromkeys([one.name for one in fields(self) if one.name != "dropout"], 1))
+        expect_dropout(self.dropout)
 
     @property
     def is_given(self) -> bool:

@@ -23,7 +23,7 @@ from ..text import DataError, read_text
 from ..vocabularies import load_tokenizer, train_tokenizer
 from . import _encoders as encoders
 from ._language_models import MODELS, OPTIMIZERS, Preset, Shape, config_of, preset
-from ._options import Settled, Training, WrongUsage, expect_share, option
+from ._options import Settled, Training, WrongUsage, expect_at_least, expect_share, option
 
 MODEL = "functional-head"
 SPECIAL = ("<pad>", "<unk>")
@@ -67,10 +67,7 @@ class Options:
     def __post_init__(self):
         expect_share("--hold-out", self.hold_out)
         least = {"length": 2, "evaluate_batches": 1, "sample_every": 0, "sample_tokens": 0}
-        for name, smallest in least.items():
-            given = getattr(self, name)
-            if given is not None and given < smallest:
-                raise WrongUsage(f"--{name.replace('_', '-')} {given} must be at least {smallest}.")
+        expect_at_least(self, least)
         if self.quick and self.original:
             raise WrongUsage("--quick and --original are two sizes: give one of them.")
         if self.temperature is not None and not self.temperature > 0:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from ._encoders import LONGEST
-from ._options import WrongUsage, expect_share, option
+from ._options import WrongUsage, expect_at_least, expect_dropout, expect_share, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,7 @@ class Shape:
     dropout: float = option(0.1, "of all parts")
 
     def __post_init__(self):
-        small = [one.name for one in fields(self) if one.name != "dropout" and getattr(self, one.name) < 1]
-        if small:
-            raise WrongUsage(f"--{small[0].replace('_', '-')} {getattr(self, small[0])} must be at least 1.")
+        expect_at_least(self, dict.fromkeys([one.name for one in fields(self) if one.name != "dropout"], 1))
         if self.embed_dim % self.heads:
             raise WrongUsage(f"--embed-dim {self.embed_dim} must be a multiple of --heads {self.heads}.")
-        if not 0 <= self.dropout < 1:
-            raise WrongUsage(f"--dropout {self.dropout} must be at least 0 and below 1.")
+        expect_dropout(self.dropout)

@@ -40,14 +40,29 @@ def naming(options: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except NoColumn as error:
-        option = options.get(error.column)
-        raise DataError(f"{error} {option} names another column." if option else str(error)) from error
+        if error.column not in options:
+            raise
+        raise DataError(f"{error} {options[error.column]} names another column.") from error
 
 
 def expect_share(name: str, share: float) -> None:
     """Raises `WrongUsage` for what is no share of something."""
     if not 0 < share < 1:
         raise WrongUsage(f"{name} {share} must be a share between 0 and 1.")
+
+
+def expect_at_least(record: Any, least: Mapping[str, int]) -> None:
+    """Raises `WrongUsage` for a number of a dataclass that is below its least; None is none."""
+    for name, smallest in least.items():
+        given = getattr(record, name)
+        if given is not None and not given >= smallest:
+            raise WrongUsage(f"{_spelled(name)} {given} must be at least {smallest}.")
+
+
+def expect_dropout(rate: float | None) -> None:
+    """Raises `WrongUsage` for what cannot be a rate of dropout."""
+    if rate is not None and not 0 <= rate < 1:
+        raise WrongUsage(f"--dropout {rate} must be at least 0 and below 1.")
 
 
 def option(default: Any, said: str, **more: Any) -> Any:
@@ -85,10 +100,7 @@ class Training:
             raise WrongUsage(f"--epochs {self.epochs} and --steps {self.steps} both say how long: give one of them.")
         least = {"batch_size": 1, "accumulate": 1, "keep": 1, "steps": 1, "patience": 0}
         least |= {"evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0, "clip_norm": 0, "warmup": 0}
-        for name, smallest in least.items():
-            given = getattr(self, name)
-            if given is not None and not given >= smallest:
-                raise WrongUsage(f"{_spelled(name)} {given} must be at least {smallest}.")
+        expect_at_least(self, least)
         for name in ("learning_rate", "epochs"):
             given = getattr(self, name)
             if given is not None and not given > 0:
@@ -187,7 +199,7 @@ def absolute(path: Any) -> str | None:
 
 def located(source: Any) -> str | None:
     """Where a model comes from, as the settings of a run have it: a hub id stays as it is."""
-    return absolute(source) if source is not None and Path(source).exists() else source and str(source)
+    return absolute(source) if source is None or Path(source).exists() else str(source)
 
 
 def expect_foreign(source: Any) -> None:

@@ -22,7 +22,7 @@ from ..optimizers import adamw
 from ..schedules import warmup_linear
 from ..text import DataError
 from ..updater import TrainState, Updater
-from ._options import Settled, Training, WrongUsage, usage
+from ._options import Settled, WrongUsage, usage
 
 RECORDS = 20_000  # of steps, which every checkpoint holds
 Best = tuple[str, Literal["min", "max"]]  # a metric that is evaluated, and which of its values is best
@@ -64,7 +64,7 @@ def begin(training: Settled) -> Any:
         rules_for(mesh)
     except ValueError as error:
         raise WrongUsage(f"--mesh {training.mesh}: {error}") from error
-    if training.batch_size % (training.accumulate * (parts := mesh.shape.get("data", 1))):
+    if training.batch_size % (training.accumulate * (parts := mesh.shape["data"])):
         raise WrongUsage(
             f"--batch-size {training.batch_size} must be a multiple of --accumulate {training.accumulate} times the"
             f" {parts} parts of data in --mesh {training.mesh}."
@@ -115,6 +115,7 @@ def train(
     place = (lambda batch: batch) if mesh is None else lambda batch: shard_batch(batch, mesh)
     if look is not None:
         look(updater, state)
+    every = training.evaluate_every or per_epoch
     with _checkpoints(out, training, best) as checkpoints:
         return fit(
             updater,
@@ -124,9 +125,9 @@ def train(
             place=place,
             schedule=rates,
             evaluate=evaluate,
-            evaluate_every=None if evaluate is None else training.evaluate_every or per_epoch,
+            evaluate_every=None if evaluate is None else every,
             checkpoints=checkpoints,
-            checkpoint_every=training.checkpoint_every or training.evaluate_every or per_epoch,
+            checkpoint_every=training.checkpoint_every or every,
             stop=None if not training.patience else EarlyStop(*best, training.patience),
             log=out / "log.jsonl",
             plot=out / "curves.png",
@@ -136,7 +137,7 @@ def train(
         )
 
 
-def final(fitted: Fitted, training: Training, out: Path, best: Best | None, mesh: Any) -> Any:
+def final(fitted: Fitted, training: Settled, out: Path, best: Best | None, mesh: Any) -> Any:
     """The model of the checkpoint that was best on what is held out, or the last one; whole on every device."""
     state = fitted.state
     if best is not None:
@@ -154,6 +155,6 @@ def whole(model: Any, mesh: Any) -> Any:
     return eqx.combine(gather(arrays), rest)
 
 
-def _checkpoints(out: Path, training: Training, best: Best) -> Checkpoints:
+def _checkpoints(out: Path, training: Settled, best: Best) -> Checkpoints:
     metric, mode = best
     return Checkpoints(out / "checkpoints", keep=training.keep, best=metric, mode=mode)

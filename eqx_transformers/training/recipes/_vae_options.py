@@ -1,13 +1,13 @@
 """The options of `t5_vae`: which lines, which model, which loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from ..objectives import autoencoder_loss
 from ..regularisers import logistic_weight
-from ._options import WrongUsage, expect_share, option
+from ._options import WrongUsage, expect_at_least, expect_dropout, expect_share, option
 
 LATENT_TOKENS = 8
 
@@ -30,7 +30,7 @@ class Samples:
 
     def __post_init__(self):
         least = {"length": 2, "limit": 2, "evaluate_lines": 2, "vocab_size": 300, "pairs": 0, "points": 2}
-        _expect_at_least(self, least)
+        expect_at_least(self, least)
         expect_share("--hold-out", self.hold_out)
 
 
@@ -55,11 +55,10 @@ class Shape:
 
     def __post_init__(self):
         sizes = [one.name for one in fields(self) if one.name not in ("pooling", "dropout")]
-        _expect_at_least(self, dict.fromkeys(sizes, 1))
+        expect_at_least(self, dict.fromkeys(sizes, 1))
         if self.embed_dim % self.heads:
             raise WrongUsage(f"--embed-dim {self.embed_dim} must be a multiple of --heads {self.heads}.")
-        if not 0 <= self.dropout < 1:
-            raise WrongUsage(f"--dropout {self.dropout} must be at least 0 and below 1.")
+        expect_dropout(self.dropout)
         if self.latent_tokens is not None and self.pooling != "first":
             raise WrongUsage(
                 f"--latent-tokens {self.latent_tokens} needs --pooling first: {self.pooling} gives one code."
@@ -82,10 +81,3 @@ class Objective:
         curve = partial(logistic_weight, slope=self.regulariser_slope, offset=self.regulariser_offset)
         weight = curve if self.regulariser_weight is None else self.regulariser_weight
         return autoencoder_loss(weight=weight, regulariser=self.regulariser, reconstruct=self.reconstruct)  # pyright: ignore[reportArgumentType]
-
-
-def _expect_at_least(record: Any, least: Mapping[str, int]) -> None:
-    for name, smallest in least.items():
-        given = getattr(record, name)
-        if given is not None and given < smallest:
-            raise WrongUsage(f"--{name.replace('_', '-')} {given} must be at least {smallest}.")

@@ -39,6 +39,7 @@ from ._options import (
     WrongUsage,
     absolute,
     add_options,
+    expect_at_least,
     expect_share,
     gathered,
     located,
@@ -79,10 +80,7 @@ class Options:
     def __post_init__(self):
         expect_share("--hold-out", self.hold_out)
         least = {"evaluate_pairs": 2, "max_shapes": 1, "max_length": 3, "lora": 1}
-        for name, smallest in least.items():
-            given = getattr(self, name)
-            if given is not None and given < smallest:
-                raise WrongUsage(f"--{name.replace('_', '-')} {given} must be at least {smallest}.")
+        expect_at_least(self, least)
         if not self.temperature > 0:
             raise WrongUsage(f"--temperature {self.temperature} must be above 0.")
 

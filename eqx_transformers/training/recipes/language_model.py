@@ -127,15 +127,13 @@ def language_model(
 
 def measured(model: Any, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """`loss`: nats a token, a mean over all tokens that are predicted, without dropout."""
-    found = [_scored(model, batch) for batch in batches]
-    weights = np.array([float(weight) for _, weight in found])
-    return {"loss": float((weights * np.array([float(value) for value, _ in found])).sum() / weights.sum())}
+    return encoders.measured(_scored, model, batches)
 
 
 @eqx.filter_jit
-def _scored(model: Any, batch: dict[str, Any]) -> Any:
+def _scored(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     value, aux = language_model_loss(model, batch)
-    return value, aux["weight"]
+    return {"loss": value, "weight": aux["weight"]}
 
 
 def _baselines(work: Work) -> dict[str, float]:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from ..._files import written
 from ...models.encoder_config import ROBERTA
@@ -119,15 +118,13 @@ def masked_lm(
 
 def measured(model: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """`loss` and `accuracy`, means over all tokens that are to be restored, without dropout."""
-    found = [_scored(model, batch) for batch in batches]
-    weights = np.array([float(aux["weight"]) for _, aux in found])
-    mean = lambda values: float((weights * np.array([float(x) for x in values])).sum() / weights.sum())
-    return {"loss": mean(value for value, _ in found), "accuracy": mean(aux["accuracy"] for _, aux in found)}
+    return encoders.measured(_scored, model, batches)
 
 
 @eqx.filter_jit
-def _scored(model: Any, batch: dict[str, Any]) -> Any:
-    return masked_lm_loss(model, batch, accuracy=True)
+def _scored(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    value, aux = masked_lm_loss(model, batch, accuracy=True)
+    return {"loss": value, "accuracy": aux["accuracy"], "weight": aux["weight"]}
 
 
 def _given(source: Any, training: Settled) -> Ready:
