@@ -26,8 +26,8 @@ from eqx_transformers.training.objectives import classification_loss
 from eqx_transformers.training.optimizers import adamw
 from eqx_transformers.training.recipes import _labelled as data
 from eqx_transformers.training.recipes._options import Settled
-from eqx_transformers.training.recipes._tuned import ready
-from eqx_transformers.training.recipes.classify import LORA_RATE, Adapter, Options, Task, prepared
+from eqx_transformers.training.recipes._tuned import peak, ready
+from eqx_transformers.training.recipes.classify import Adapter, Options, Task, prepared
 from eqx_transformers.training.schedules import warmup_linear
 from eqx_transformers.training.text import Records
 from eqx_transformers.training.updater import Updater, compiled
@@ -72,7 +72,7 @@ def main() -> None:
         "torch": theirs(records, training),
     }
     if args.lora is not None:
-        slow = replace(training, learning_rate=LORA_RATE)
+        slow = replace(training, learning_rate=peak(args.lora))
         runs = {"ours, LoRA": ours(records, slow, args.max_shapes, Adapter(args.lora)), **runs}
     report(runs, args.epochs)
 
@@ -150,9 +150,7 @@ def ours(records: dict[str, Records], training: Settled, max_shapes: int, lora: 
 
     labels = task.sets["test"].labels
     accuracy = lambda: data.told(data.logits(held[0].model, task.scored["test"]), labels)["accuracy"]
-    computed = sum(batches[i]["token_ids"].size for i in range(batches.per_epoch))
-    real = int(task.sets["train"].tokens.lengths.sum())
-    return Run(epoch, accuracy, computed, real, compile_s, len(batches.shapes))
+    return Run(epoch, accuracy, *batches.tokens_per_epoch, compile_s, len(batches.shapes))
 
 
 def stepped(call: Callable[..., Any], state: Any, batch: Any) -> tuple[Any, float]:

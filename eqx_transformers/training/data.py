@@ -42,7 +42,8 @@ class Batches:
     - `threads`: how many read ahead; 0: none.
 
     `per_epoch` is the number of batches of an epoch, the same for all; `shapes` are the (rows, length) of
-    `token_ids`, before `transform`. `batches[i]` is batch i, counted over all epochs.
+    `token_ids`, before `transform`; `tokens_per_epoch` is how many tokens an epoch has. `batches[i]` is batch i,
+    counted over all epochs.
 
     Raises a `ValueError` for columns of other lengths, for columns where rows hold several texts, and for a corpus that
     does not fill one batch.
@@ -111,6 +112,12 @@ class Batches:
         for x in (self.texts.ids, self.texts.offsets, *self.columns.values(), *further):
             told.update(np.ascontiguousarray(x).data)
         return told.hexdigest()
+
+    @functools.cached_property
+    def tokens_per_epoch(self) -> tuple[int, int]:
+        """How many tokens the first epoch has, of all processes: (with padding, which is computed too; without)."""
+        plan = self._plan(0)
+        return sum(one.length * len(one.sizes) for one in plan), sum(int(one.sizes.sum()) for one in plan)
 
     def _plan(self, epoch: int) -> Sequence[Planned]:
         """Of the last two epochs asked for: threads read ahead across the border."""

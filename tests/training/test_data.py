@@ -24,6 +24,7 @@ rng = np.random.default_rng(0)
 TEXTS = [rng.integers(4, 61, n).tolist() for n in rng.integers(1, 24, 103)]
 OTHERS = [rng.integers(4, 61, n).tolist() for n in rng.integers(1, 30, 103)]
 LABELS = rng.integers(0, 3, 103)
+LAYOUTS = {"buckets": Buckets(batch_size=8), "packed": Packed(4, 32), "windows": Windows(4, 16, starts="random")}
 
 
 def same(one, other):
@@ -67,6 +68,21 @@ def test_rows_have_their_texts_and_all_that_goes_with_these():
             assert batch["attention_mask"][i].sum() == 1 and (batch["token_ids"][i] == PAD).all()
             assert batch["labels"][i] == batch["index"][i] == 0 and (batch["targets"][i] == -100).all()
     assert sorted(seen) == index.tolist() and len(shapes) == len(batches.shapes) <= 8
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tokens_of_an_epoch_are_those_of_its_batches(name):
+    def counted(process):
+        batches = Batches(TEXTS, LAYOUTS[name], padding_id=PAD, process=process)
+        found = [batches[i] for i in range(batches.per_epoch)]
+        # A row that only fills the shape shows one token, which is none.
+        real = [batch["attention_mask"][batch["weights"] > 0].sum() for batch in found]
+        return batches.tokens_per_epoch, (sum(batch["token_ids"].size for batch in found), sum(real))
+
+    told, found = counted((0, 1))
+    assert told == found and found[1] > 0.9 * sum(map(len, TEXTS))
+    (told, first), (_, second) = counted((0, 2)), counted((1, 2))
+    assert told == (first[0] + second[0], first[1] + second[1])
 
 
 def test_types_of_pairs_come_along():
@@ -115,8 +131,6 @@ def test_processes_share_every_batch():
 
 
 # ---- the order, and positions in it
-
-LAYOUTS = {"buckets": Buckets(batch_size=8), "packed": Packed(4, 32), "windows": Windows(4, 16, starts="random")}
 
 
 @pytest.mark.parametrize("threads", [0, 2])

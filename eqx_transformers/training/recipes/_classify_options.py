@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from ._options import WrongUsage, parser
-from ._tuned import Adapter
+from ._options import WrongUsage, expect_at_least, expect_share, parser
+from ._tuned import RATE_SAID, Adapter
 
 EPOCHS = 3.0
-RATE, LORA_RATE = 5e-5, 1e-3  # where none is given: small matrices that begin at zero learn at a higher one
 LONGEST = 512  # tokens, where the model has room for more and nothing is said
 
 
@@ -48,10 +47,9 @@ class Options:
     def __post_init__(self):
         if self.validation is not None and self.hold_out is not None:
             raise WrongUsage("--validation and --hold-out both say what is held out: give one of them.")
-        if self.hold_out is not None and not 0 < self.hold_out < 1:
-            raise WrongUsage(f"--hold-out {self.hold_out} must be a share between 0 and 1.")
-        if self.max_shapes < 1 or (self.max_length is not None and self.max_length < 1):
-            raise WrongUsage(f"--max-shapes {self.max_shapes} and --max-length {self.max_length} must be at least 1.")
+        if self.hold_out is not None:
+            expect_share("--hold-out", self.hold_out)
+        expect_at_least(self, {"max_shapes": 1, "max_length": 1})
         if self.lora is not None and self.freeze:
             raise WrongUsage("--lora trains adapters and the head alone, so there is nothing to --freeze.")
         if self.original and self.layer_decay is not None:
@@ -96,9 +94,7 @@ def _override(given: str) -> tuple[str, Any]:
 
 def command_line() -> argparse.ArgumentParser:
     """All that can be said."""
-    rates = f"the learning rate is {RATE:g}, or {LORA_RATE:g} with --lora"
-    said = f"Fine-tunes a text classifier. Where nothing else is said, {rates}, and there are {EPOCHS:g} epochs."
-    made = parser("classify", said, learning_rate=f"{RATE:g}, with --lora {LORA_RATE:g}", epochs=EPOCHS)
+    made = parser("classify", "Fine-tunes a text classifier.", learning_rate=RATE_SAID, epochs=EPOCHS)
     add = made.add_argument_group("classifier").add_argument
     add("--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id, with tokenizer.json")
     add(

@@ -126,10 +126,10 @@ def predictions(texts: Labelled, logits: Float[np.ndarray, "texts labels"], name
     return table.getvalue()
 
 
-def shares(tokens: TokenizedTexts, batches: Batches) -> str:
+def shares(batches: Batches) -> str:
     """How much of what is computed is padding, for the user."""
-    computed = sum(batch["token_ids"].size for batch in (batches[i] for i in range(batches.per_epoch)))
-    return f"{len(batches.shapes)} lengths, {1 - tokens.lengths.sum() / computed:.0%} of the tokens are padding"
+    computed, real = batches.tokens_per_epoch
+    return f"{len(batches.shapes)} lengths, {1 - real / computed:.0%} of the tokens are padding"
 
 
 def counted(name: str, texts: Labelled, names: Sequence[str]) -> str:

@@ -19,6 +19,9 @@ from ..originals import roberta_article, roberta_scale
 from ..schedules import warmup_linear
 from ._options import Settled, expect_foreign
 
+RATE, LORA_RATE = 5e-5, 1e-3  # where none is given: small matrices that begin at zero learn at a higher one
+RATE_SAID = f"{RATE:g}, or {LORA_RATE:g} with --lora"
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -31,6 +34,11 @@ class Adapter:
     alpha: float | None = None
     targets: tuple[str, ...] = ("**.blocks",)
     dropout: float = 0.0
+
+
+def peak(lora: Any) -> float:
+    """The learning rate where none is given, with adapters or (None) without."""
+    return RATE if lora is None else LORA_RATE
 
 
 class Ready(NamedTuple):

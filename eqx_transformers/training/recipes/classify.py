@@ -28,7 +28,7 @@ from ..loop import Fitted
 from ..objectives import classification_loss
 from ..vocabularies import load_tokenizer
 from . import _encoders as encoders, _labelled as data
-from ._classify_options import EPOCHS, LONGEST, LORA_RATE, RATE, Options as Options, command_line, options_of
+from ._classify_options import EPOCHS, LONGEST, Options as Options, command_line, options_of
 from ._labelled import Labelled
 from ._options import (
     Settled,
@@ -42,7 +42,7 @@ from ._options import (
     usage,
 )
 from ._run import Best, begin, final, program, train as trained
-from ._tuned import Adapter as Adapter, Ready, export, optimizer, ready
+from ._tuned import Adapter as Adapter, Ready, export, optimizer, peak, ready
 
 BEST: Best = ("accuracy", "max")
 
@@ -84,7 +84,7 @@ def classify(
     Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
     """
     options = Options() if options is None else options
-    training = (training or Training()).settled(learning_rate=RATE if options.lora is None else LORA_RATE)
+    training = (training or Training()).settled(learning_rate=peak(options.lora))
     if training.patience and not options.holds_out:
         raise WrongUsage("--patience needs texts that are held out: give --validation FILE or --hold-out 0.1.")
     mesh, out = begin(training), Path(out)
@@ -144,7 +144,7 @@ def _said(task: Task, made: Ready, names: Sequence[str]) -> Iterator[str]:
     if task.cut:
         yield f"{task.cut} texts are cut to {task.max_length} tokens"
     yield made.said
-    yield data.shares(task.sets["train"].tokens, task.batches)
+    yield data.shares(task.batches)
 
 
 def _fitted(made: Ready, task: Task, training: Settled, options: Options, out: Path, mesh: Any) -> Fitted:
@@ -202,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     said = classify(
         args.train, args.test, model=args.model, out=args.out, training=training_of(args), options=options_of(args)
     )
+    if jax.process_index() > 0:
+        return
     name = "validation" if said.test is None else "test"
     result = said.validation if said.test is None else said.test
     print(f"{name} macro F1: {result['macro_f1']:.3f}" if result else "Nothing was evaluated: there is no --test.")

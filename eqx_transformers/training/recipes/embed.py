@@ -52,9 +52,9 @@ from ._options import (
 )
 from ._pairs import Pair, halves, ranks, rivals
 from ._run import Best, begin, final, program, train
+from ._tuned import RATE_SAID, peak
 
 EPOCHS = 3
-RATE, LORA_RATE = 5e-5, 1e-3  # where none is given: small matrices that begin at zero learn at a higher one
 ROWS = 64  # of a batch: each is a wrong answer to the others
 BEST: Best = ("mean_reciprocal_rank", "max")
 TARGETS = "**.{query,value}_proj"
@@ -124,9 +124,7 @@ def embed(
     Raises `WrongUsage`, a `DataError` with file and line, and the converters' errors.
     """
     options = Options() if options is None else options
-    training = (training or Training()).settled(
-        batch_size=ROWS, learning_rate=RATE if options.lora is None else LORA_RATE
-    )
+    training = (training or Training()).settled(batch_size=ROWS, learning_rate=peak(options.lora))
     mesh, out = begin(training), Path(out)
     kept, held = _shares(_read(pairs, options), options)
     made, origin, said = encoders.loaded(model, SentenceEmbedder, training.seed)
@@ -233,10 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    rates = f"the learning rate is {RATE:g}, or {LORA_RATE:g} with --lora"
-    said = f"Trains sentence embeddings on pairs of texts. Where nothing else is said, {rates}; {EPOCHS} epochs."
-    rate = f"{RATE:g}, with --lora {LORA_RATE:g}"
-    made = parser("embed", said, learning_rate=rate, batch_size=ROWS, epochs=EPOCHS)
+    said = "Trains sentence embeddings on pairs of texts."
+    made = parser("embed", said, learning_rate=RATE_SAID, batch_size=ROWS, epochs=EPOCHS)
     made.add_argument("pairs", metavar="PAIRS", help=".tsv, .csv or .jsonl of pairs; or plain lines, which are texts")
     made.add_argument(
         "--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id, with tokenizer.json"
