@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from eqx_transformers import tensor_file
+from eqx_transformers._files import writing
 
 from . import noise, reference_names, taps
 from .errors import ConversionError, MalformedCheckpoint, SourceNotFound
@@ -177,9 +177,8 @@ def write(path: str | os.PathLike[str], record: Recording) -> None:
     text = json.dumps(said)
     metadata = {"format": FORMAT, "version": str(VERSION), "record": text, "sha256": _sha256(text)}
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as fresh:
-        tensor_file.write(Path(fresh) / path.name, specs, lambda name: arrays[name], metadata)
-        os.replace(Path(fresh) / path.name, path)
+    with writing(path) as fresh:
+        tensor_file.write(fresh, specs, lambda name: arrays[name], metadata)
 
 
 def _arrays(record: Recording) -> dict[str, np.ndarray]:

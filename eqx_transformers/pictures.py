@@ -1,7 +1,6 @@
 """Pictures, written as files: points in a plane, and what a classifier confuses."""
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
+
+from ._files import writing
 
 # Okabe & Ito 2008, told apart by colour-blind readers; without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -188,13 +189,5 @@ def _label(figure: Any, plane: Any, where: np.ndarray, labels: Sequence[str | No
 
 
 def _write(figure: Any, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    try:
-        with open(fresh, "xb") as file:
-            figure.savefig(file, format=target.suffix[1:].lower(), dpi=160)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with writing(target) as fresh:
+        figure.savefig(fresh, format=target.suffix[1:].lower(), dpi=160)

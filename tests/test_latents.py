@@ -4,6 +4,7 @@ import builtins
 import math
 import os
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -332,7 +333,7 @@ def test_a_picture_that_fails_leaves_the_old_one_and_nothing_beside_it(tmp_path,
     before = path.read_bytes()
 
     def torn(self, file, **_):
-        file.write(b"half")
+        Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", torn)
