@@ -16,6 +16,7 @@ from ..data import Batches
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
 from . import _encoders as encoders
+from ._gathered import fetched
 from ._options import naming
 
 
@@ -92,7 +93,7 @@ def logits(model: Any, batches: Batches) -> Float[np.ndarray, "texts labels"]:
     """Of every text, in their order, without dropout."""
     found: list[Any] = [None] * len(batches.texts)
     for batch in batches:
-        rows = np.asarray(_forward(model, {name: batch[name] for name in ("token_ids", *INPUTS) if name in batch}))
+        rows = fetched(_forward(model, {name: batch[name] for name in ("token_ids", *INPUTS) if name in batch}))
         for place, row, weight in zip(batch["places"], rows, batch["weights"], strict=True):
             if weight:
                 found[place] = row

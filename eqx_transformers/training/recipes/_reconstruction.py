@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ...generation import generate
 from ...latents import interpolate, picture, principal_plane, table
+from ._gathered import fetched
 
 Ids = Int[np.ndarray, "rows length"]
 Codes = Float[np.ndarray, "rows codes size"]
@@ -61,14 +62,14 @@ class Reconstruction:
 
     def codes(self, model: Any) -> Codes:
         """The codes of the texts, without dropout or draws."""
-        rows = [np.asarray(_encoded(model, x["token_ids"], x["attention_mask"])) for x in self.batches]
+        rows = [fetched(_encoded(model, x["token_ids"], x["attention_mask"])) for x in self.batches]
         return np.concatenate(rows)[: len(self.ids)]
 
     def said(self, model: Any, codes: Codes) -> Ids:
         """What codes stand for, padded behind its end."""
         t5, length = model.config.t5, self.ids.shape[1]
         call = partial(generate, model, max_new_tokens=length, end_ids=t5.end_id, padding_id=t5.padding_id)
-        parts = [np.asarray(call(memory=x)) for x in _in_parts(codes, self.rows, 0)]
+        parts = [fetched(call(memory=x)) for x in _in_parts(codes, self.rows, 0)]
         return np.concatenate(parts)[: len(codes)]
 
     def _taught(self, model: Any) -> dict[str, float]:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ...serialisation import FormatError
 from ...sharding import make_mesh, rules_for, shard, shard_batch, start_processes
@@ -22,6 +20,7 @@ from ..optimizers import adamw
 from ..schedules import warmup_linear
 from ..text import DataError
 from ..updater import TrainState, Updater
+from ._gathered import whole
 from ._options import Settled, WrongUsage, usage
 
 RECORDS = 20_000  # of steps, which every checkpoint holds
@@ -146,13 +145,6 @@ def final(fitted: Fitted, training: Settled, out: Path, best: Best | None, mesh:
         state = state if found is None else found.state
     model = state.model
     return model if mesh is None else whole(model, mesh)
-
-
-def whole(model: Any, mesh: Any) -> Any:
-    """With every array whole on every device, for files."""
-    arrays, rest = eqx.partition(model, eqx.is_array)
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return eqx.combine(gather(arrays), rest)
 
 
 def _checkpoints(out: Path, training: Settled, best: Best) -> Checkpoints:

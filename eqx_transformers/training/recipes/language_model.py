@@ -32,6 +32,7 @@ from ..updater import TrainState, Updater
 from . import _encoders as encoders
 from ._dump import dump
 from ._encoders import Path_
+from ._gathered import whole
 from ._language_models import Shape as Shape, preset
 from ._language_setup import MODEL, PATIENCE, Options as Options, Work, optimizer_of, prepared, training_for
 from ._options import (
@@ -48,7 +49,7 @@ from ._options import (
     training as training_of,
     usage,
 )
-from ._run import Best, begin, final, program, train, whole
+from ._run import Best, begin, final, program, train
 from ._samples import Watch, continued
 
 BEST: Best = ("loss", "min")
