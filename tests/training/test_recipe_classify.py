@@ -140,7 +140,7 @@ def test_a_second_start_goes_on_and_other_settings_are_refused(folder, whole):
     again = run(folder, out)
     for path, x in leaves_by_path(result.model).items():
         np.testing.assert_array_equal(leaves_by_path(again.model)[path], x, err_msg=path)
-    with pytest.raises(WrongUsage, match="--max-length was 31 and is 17"):
+    with pytest.raises(WrongUsage, match=r"other settings: --max-length was 31 and is 17\. Give these"):
         run(folder, out, options=Options(hold_out=0.2, max_shapes=1, max_length=17))
 
 
@@ -246,6 +246,7 @@ def test_a_label_that_training_lacks(folder, tmp_path, capsys):
 WRONG = {
     "no model": (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
     "both": (["--validation", "x.tsv", "--hold-out", "0.1"], "give one of them"),
+    "out": (["--out", "README.md"], "README.md is a file"),
     "patience": (["--patience", "2"], "needs texts that are held out"),
     "share": (["--hold-out", "2"], "between 0 and 1"),
     "too long": (["--max-length", "1000"], "has room for"),
@@ -268,7 +269,7 @@ WRONG = {
     "address": (["--coordinator", "here", "--mesh", "data=1"], "must be"),
     "warm": (["--warmup", "1"], "must be below 1"),
     "rate": (["--learning-rate", "0"], "--learning-rate 0.0 must be above 0"),
-    "long": (["--epochs", "1", "--steps", "2"], "--epochs 1.0 and --steps 2"),
+    "long": (["--epochs", "1", "--steps", "2"], "--epochs 1 and --steps 2"),
     "its own": (["--original", "--weight-decay", "0.1"], "it is AdamW's"),
     "column": (["--label", "sentiment"], "--label names another column"),
     "texts": (["--text", "review"], "--text names another column"),

@@ -198,6 +198,24 @@ def test_the_default_is_the_functional_transformers_own(folder, tmp_path):
     assert text == rhyme(150) and len(work.held_ids) > 2 and work.train_ids[0] != work.held_ids[-1]
 
 
+def test_a_tokenizer_is_of_the_run_only_where_there_is_one_to_go_on_with(folder, tmp_path):
+    train_tokenizer(["xyz"], "char", special_tokens=setup.SPECIAL).save(str(tmp_path / "tokenizer.json"))
+    of = lambda: setup._tokenizer(Options(), "abc", 2, tmp_path, None).get_vocab().keys()
+    assert {"a", "b", "c"} <= of() and not of() & set("xyz")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    assert {"x", "y", "z"} <= of() and not of() & set("abc")
+    with pytest.raises(WrongUsage, match="--tokenizer words is none of char, bpe and bpe:SIZE"):
+        setup._tokenizer(Options(tokenizer="words"), "abc", 2, tmp_path, None)
+
+
+def test_the_width_of_a_gpt2_is_that_of_its_heads():
+    config = config_of("gpt2", Shape(heads=3, head_dim=5), SMALL["gpt2"], vocab_size=50, length=8, padding_id=0)
+    assert (config.num_heads, config.embed_dim) == (3, 15)
+    with pytest.raises(WrongUsage, match="--embed-dim 16 must be --heads 3 times --head-dim 5"):
+        shape = Shape(heads=3, head_dim=5, embed_dim=16)
+        config_of("gpt2", shape, SMALL["gpt2"], vocab_size=50, length=8, padding_id=0)
+
+
 @pytest.mark.parametrize("size", ["small", "quick", "original"])
 def test_every_size_of_every_model_can_be_made(size):
     sizes = {"small": SMALL, "quick": QUICK, "original": ORIGINAL}[size]

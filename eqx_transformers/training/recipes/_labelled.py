@@ -130,7 +130,8 @@ def predictions(texts: Labelled, logits: Float[np.ndarray, "texts labels"], name
 def shares(batches: Batches) -> str:
     """How much of what is computed is padding, for the user."""
     computed, real = batches.tokens_per_epoch
-    return f"{len(batches.shapes)} lengths, {1 - real / computed:.0%} of the tokens are padding"
+    lengths = "one length" if len(batches.shapes) == 1 else f"{len(batches.shapes)} lengths"
+    return f"{lengths}, {1 - real / computed:.0%} of the tokens are padding"
 
 
 def counted(name: str, texts: Labelled, names: Sequence[str]) -> str:

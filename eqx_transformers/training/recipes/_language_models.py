@@ -112,10 +112,13 @@ def preset(model: str, size: str) -> Preset:
 def config_of(model: str, shape: Shape, sizes: Preset, *, vocab_size: int, length: int, padding_id: int | None) -> Any:
     """The config of a new model: `shape` where it says something, else the preset's `sizes`.
 
-    Where the width is said and not what is made of it, heads share it, and the feed-forward networks grow with it.
+    Where the width is said and not what is made of it, heads share it, and the feed-forward networks grow with it. That
+    of a GPT-2 is what its heads have together.
     """
     said = lambda name, otherwise: own if (own := getattr(shape, name)) is not None else otherwise
     heads, width = said("heads", sizes.heads), said("embed_dim", sizes.embed_dim)
+    if model == "gpt2" and shape.embed_dim is None and shape.head_dim is not None:
+        width = heads * shape.head_dim  # as it must be
     is_own = shape.heads is None and shape.embed_dim is None
     facts: dict[str, Any] = {
         "vocab_size": vocab_size,

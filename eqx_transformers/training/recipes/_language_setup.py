@@ -23,7 +23,7 @@ from ..text import DataError, read_text
 from ..vocabularies import load_tokenizer, train_tokenizer
 from . import _encoders as encoders
 from ._language_models import MODELS, OPTIMIZERS, Preset, Shape, config_of, preset
-from ._options import Settled, Training, WrongUsage, expect_at_least, expect_share, option
+from ._options import Settled, Training, WrongUsage, expect_at_least, expect_share, kept_tokenizer, option
 
 MODEL = "functional-head"
 SPECIAL = ("<pad>", "<unk>")
@@ -261,11 +261,13 @@ def _tokenizer(options: Options, text: str, at: int, out: Path, own: Any) -> Any
     kind = options.tokenizer or "char"
     name, _, size = kind.partition(":")
     if name not in ("char", "bpe") or (size and not size.isdecimal()):
+        if not Path(kind).exists():
+            raise WrongUsage(f"--tokenizer {kind} is none of char, bpe and bpe:SIZE, and there is no such file.")
         return load_tokenizer(kind)
     if own is not None:
         raise WrongUsage(f"--tokenizer {kind}: a model that goes on needs the tokenizer that it was made with.")
-    if (out / "tokenizer.json").is_file():
-        return load_tokenizer(out / "tokenizer.json")
+    if (kept := kept_tokenizer(out)) is not None:
+        return load_tokenizer(kept)
     if name == "char":
         return train_tokenizer([text], "char", special_tokens=SPECIAL)
     return train_tokenizer([text[:at]], "bpe", special_tokens=SPECIAL, vocab_size=int(size or BPE_SIZE))

@@ -97,14 +97,14 @@ class Training:
 
     def __post_init__(self):
         if self.epochs is not None and self.steps is not None:
-            raise WrongUsage(f"--epochs {self.epochs} and --steps {self.steps} both say how long: give one of them.")
+            raise WrongUsage(f"--epochs {self.epochs:g} and --steps {self.steps} both say how long: give one of them.")
         least = {"batch_size": 1, "accumulate": 1, "keep": 1, "steps": 1, "patience": 0}
         least |= {"evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0, "clip_norm": 0, "warmup": 0}
         expect_at_least(self, least)
         for name in ("learning_rate", "epochs"):
             given = getattr(self, name)
             if given is not None and not given > 0:
-                raise WrongUsage(f"{_spelled(name)} {given} must be above 0.")
+                raise WrongUsage(f"{_spelled(name)} {given:g} must be above 0.")
         if self.warmup is not None and not self.warmup < 1:
             raise WrongUsage(f"--warmup {self.warmup}, a share of the steps, must be below 1.")
         if self.batch_size is not None and self.batch_size % self.accumulate:
@@ -211,6 +211,18 @@ def expect_foreign(source: Any) -> None:
         )
 
 
+def begun(out: Path) -> bool:
+    """Whether there is a run to go on with: before its first checkpoint there is none."""
+    checkpoints = out / "checkpoints"
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+
+def kept_tokenizer(out: Path) -> Path | None:
+    """That of the run, where there is one to go on with."""
+    path = out / "tokenizer.json"
+    return path if begun(out) and path.is_file() else None
+
+
 def settle(out: Path, settings: dict[str, Any]) -> None:
     """Notes the settings of a run in `out/settings.json`; one with checkpoints is gone on with only under the same.
 
@@ -218,18 +230,15 @@ def settle(out: Path, settings: dict[str, Any]) -> None:
     """
     told = json.loads(json.dumps(settings, default=str))
     path = out / "settings.json"
-    checkpoints = out / "checkpoints"
-    if not path.exists() or not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+    if not path.exists() or not begun(out):
         with writing(path) as fresh:
             fresh.write_text(json.dumps(told, indent=2) + "\n")
         return
     there = json.loads(path.read_text())
     said = lambda name: f"{_spelled(name)} was {there.get(name)!r} and is {told.get(name)!r}"
-    other = [
-        "the texts have changed" if name == "texts" else said(name)
-        for name in told | there
-        if told.get(name) != there.get(name)
-    ]
+    differ = [name for name in told | there if told.get(name) != there.get(name)]
+    # The texts' fingerprint is one of their batches, which other settings change too.
+    other = [said(name) for name in differ if name != "texts"] or ["the texts have changed" for _ in differ]
     if other:
         raise WrongUsage(
             f"{out} holds a run with other settings: {'; '.join(other)}. Give these to go on with it, another --out for"

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -51,13 +52,15 @@ def program(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     raise SystemExit(command(main))
 
 
-def begin(training: Settled) -> Any:
-    """The mesh that is asked for, or None; joins the other processes first, where there are."""
+def begin(training: Settled, out: str | PathLike[str]) -> tuple[Any, Path]:
+    """(the mesh that is asked for, or None; where to write); joins the other processes first, where there are."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise WrongUsage(f"--out {out} is a file; a run is written to a directory of its own: choose another name.")
     with usage():
         if training.coordinator is not None:
             start_processes(training.coordinator, training.processes, training.process)
     if training.mesh is None:
-        return None
+        return None, Path(out)
     try:
         mesh = make_mesh(training.mesh)
         rules_for(mesh)
@@ -68,7 +71,7 @@ def begin(training: Settled) -> Any:
             f"--batch-size {training.batch_size} must be a multiple of --accumulate {training.accumulate} times the"
             f" {parts} parts of data in --mesh {training.mesh}."
         )
-    return mesh
+    return mesh, Path(out)
 
 
 def train(

@@ -19,7 +19,7 @@ from ..batching import Buckets
 from ..data import Batches
 from ..vocabularies import load_tokenizer, train_tokenizer
 from ._lines import Lines, read, split, train_lines
-from ._options import Settled, WrongUsage
+from ._options import Settled, WrongUsage, kept_tokenizer
 from ._vae_options import LATENT_TOKENS, Objective, Samples, Shape
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # the ids that T5 gives them
@@ -100,10 +100,9 @@ def prepared(path: str | os.PathLike[str] | None, out: Path, t5: Any, base: T5 |
 
 def _tokenizer(lines: list[str], out: Path, given: Any, samples: Samples) -> Any:
     """The one that is given, or that of the run, or one made of the lines that are trained on."""
-    kept = out / "tokenizer.json"
-    if kept.is_file() or given is not None:
+    if (path := kept_tokenizer(out) or given) is not None:
         try:
-            tokenizer = load_tokenizer(kept if kept.is_file() else given)
+            tokenizer = load_tokenizer(path)
         except ValueError as error:
             raise WrongUsage(str(error)) from error
     else:

@@ -87,7 +87,7 @@ def classify(
     training = (training or Training()).settled(learning_rate=peak(options.lora))
     if training.patience and not options.holds_out:
         raise WrongUsage("--patience needs texts that are held out: give --validation FILE or --hold-out 0.1.")
-    mesh, out = begin(training), Path(out)
+    mesh, out = begin(training, out)
     records = _records({"train": train, "validation": options.validation, "test": test}, options)
     names = records["train"].names
     with usage():

@@ -125,7 +125,7 @@ def embed(
     """
     options = Options() if options is None else options
     training = (training or Training()).settled(batch_size=ROWS, learning_rate=peak(options.lora))
-    mesh, out = begin(training), Path(out)
+    mesh, out = begin(training, out)
     kept, held = _shares(_read(pairs, options), options)
     made, origin, said = encoders.loaded(model, SentenceEmbedder, training.seed)
     with usage():

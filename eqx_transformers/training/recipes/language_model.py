@@ -92,7 +92,7 @@ def language_model(
         raise WrongUsage(
             "--from goes on with a model that has its sizes: leave out --model, --quick, --original and all sizes."
         )
-    mesh, out = begin(training), Path(out)
+    mesh, out = begin(training, out)
     paths = encoders.several(texts)
     with usage():
         work = prepared(paths, source, shape, options, training, out, mesh)

@@ -39,6 +39,7 @@ from ._options import (
     absolute,
     add_options,
     gathered,
+    kept_tokenizer,
     located,
     parser,
     settings_of,
@@ -94,7 +95,7 @@ def masked_lm(
     training, options = (training or Training()).settled(), options or Options()
     if (model is None) == (scratch is None):
         raise WrongUsage("Give either --model DIR, to go on with a model, or --from-scratch, for a new one.")
-    mesh, out = begin(training), Path(out)
+    mesh, out = begin(training, out)
     paths = encoders.several(texts)
     found = encoders.read(paths, options.text, {options.text: "--text"}).texts
     held = encoders.held_out(found, options.hold_out)
@@ -134,9 +135,9 @@ def _given(source: Any, training: Settled) -> Ready:
 
 def _new(texts: list[str], out: Path, shape: Shape, training: Settled, options: Options) -> Ready:
     """A RoBERTa, and a tokenizer made of what is trained on (or that of the run, where it goes on)."""
-    kept = out / "tokenizer.json"
+    kept = kept_tokenizer(out)
     make = partial(train_tokenizer, texts, "bpe", special_tokens=SPECIAL, begin=SPECIAL[0], end=SPECIAL[2])
-    tokenizer = load_tokenizer(kept) if kept.is_file() else make(vocab_size=shape.vocab_size)
+    tokenizer = make(vocab_size=shape.vocab_size) if kept is None else load_tokenizer(kept)
     config = replace(
         ROBERTA,
         vocab_size=tokenizer.get_vocab_size(),

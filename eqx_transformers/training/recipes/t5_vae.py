@@ -76,8 +76,8 @@ def t5_vae(
     measured.
     """
     training = (training or Training()).settled(**OWN)
-    out, check = Path(out), None if samples.check is None else checker(samples.check)
-    mesh = _run.begin(training)
+    check = None if samples.check is None else checker(samples.check)
+    mesh, out = _run.begin(training, out)
     with usage():
         base, directory = (None, None) if t5 is None else loaded_t5(t5)
         work = prepared(lines, out, directory, base, samples)
