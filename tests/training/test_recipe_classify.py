@@ -268,7 +268,7 @@ WRONG = {
     "spread": (["--fully-sharded"], "give --mesh data=N too"),
     "address": (["--coordinator", "here", "--mesh", "data=1"], "must be"),
     "warm": (["--warmup", "1"], "must be below 1"),
-    "rate": (["--learning-rate", "0"], "--learning-rate 0.0 must be above 0"),
+    "rate": (["--learning-rate", "0"], "--learning-rate 0 must be above 0"),
     "long": (["--epochs", "1", "--steps", "2"], "--epochs 1 and --steps 2"),
     "its own": (["--original", "--weight-decay", "0.1"], "it is AdamW's"),
     "column": (["--label", "sentiment"], "--label names another column"),
