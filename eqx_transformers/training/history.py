@@ -164,7 +164,9 @@ def _draw(plane: Any, history: History, name: str) -> None:
     where, column = _column(history.steps, "loss")
     if name == "loss" and len(column):
         plane.plot(where, column, color=COLOURS[0], alpha=0.25, linewidth=0.8)
-        plane.plot(where, smoothed(column), color=COLOURS[0], label="training, smoothed")
+        mean = smoothed(column)
+        label = "training" if np.array_equal(mean, column, equal_nan=True) else "training, smoothed"
+        plane.plot(where, mean, color=COLOURS[0], label=label)
     if len(column := _column(history.evaluations, name)[1]):
         plane.plot(
             _column(history.evaluations, name)[0], column, "o-", color=COLOURS[5], label="held out", markersize=4
@@ -173,7 +175,7 @@ def _draw(plane: Any, history: History, name: str) -> None:
         plane.legend()
 
 
-def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """The running mean of finite values, each step forgetting as much as a window of `share` of all does."""
     rate = 1 / max(1.0, share * len(values))
     found, mean = [], math.nan

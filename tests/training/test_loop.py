@@ -369,7 +369,9 @@ def test_curves_are_drawn(tmp_path, twelve):
     evaluations = [one | {"accuracy_$x": 0.5} for one in twelve.history.evaluations]
     path = plot_curves(History(steps, evaluations), tmp_path / "deep/curves.svg", title="a run")
     said = path.read_text()
-    assert said.count('<g id="axes_') == 3 and "</svg>" in said
+    assert said.count('<g id="axes_') == 3 and "</svg>" in said and "<!-- training -->" in said
+    long = [{"step": i, "loss": float(i % 3)} for i in range(60)]
+    assert "<!-- training, smoothed -->" in plot_curves(History(long), tmp_path / "long.svg").read_text()
     run(2, plot=tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert plot_curves(History(), tmp_path / "none.png").exists()
