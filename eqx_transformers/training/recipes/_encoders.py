@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from ...sharding import row_share
 from ..batching import AbstractLayout, Buckets
 from ..data import Batches
 from ..text import DataError, Records, read_texts
 from ..tokens import TokenizedTexts, tokenize
-from ._lines import is_held_out
 from ._options import WrongUsage, expect_foreign, naming
 
 LONGEST = 128  # tokens, where the model has room for more and nothing is said
@@ -33,20 +32,6 @@ def read(paths: Sequence[Path_], text: str | tuple[str, str], options: Mapping[s
         found = [read_texts(path, text=text) for path in paths]
     joined: Any = [[x for one in found for x in getattr(one, name)] for name in ("texts", "files", "lines")]
     return Records(joined[0], None, (), joined[1], joined[2], sum(one.blank for one in found))
-
-
-def held_out(texts: Sequence[str], share: float, least: int = 1) -> Bool[np.ndarray, " texts"]:
-    """Which are held out: decided by a hash of each alone, so that of equal ones all are, whatever others there are.
-
-    Raises a `WrongUsage` where it is fewer than `least`, or all.
-    """
-    found = np.array(list(map(is_held_out(share), texts)))
-    if found.all() or found.sum() < least:
-        raise WrongUsage(
-            f"--hold-out {share} holds out {found.sum()} of {len(found)} texts; {least} at least are needed, and some"
-            " to train on. Give more texts, or another share (0.3, say)."
-        )
-    return found
 
 
 def loaded(source: Path_, head: type, seed: int) -> tuple[Any, Any, str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +64,12 @@ def library_lines() -> list[str]:
 
 
 def split(
-    lines: list[str], repeated: int, tokenizer: object, *, length: int, held_out: float, padding_id: int, end_id: int
+    lines: list[str], repeated: int, tokenizer: object, *, length: int, share: float, padding_id: int, end_id: int
 ) -> Lines:
     """Lines as tokens, `end_id` behind each. Longer ones than `length` tokens, its end counted, are skipped.
 
-    Which are held out is decided by a hash of the line alone: the share of `held_out`, whatever others there are.
-    Raises a `WrongUsage` where one of the two shares is empty.
+    Which are held out is decided by a hash of the line alone: the `share` of them, whatever others there are. Raises a
+    `WrongUsage` where that is none or all.
     """
     texts = tokenize(lines, tokenizer)
     rows = [_ended(texts[i], end_id) for i in range(len(texts))]
@@ -84,9 +84,21 @@ def split(
     for place, i in enumerate(kept):
         ids[place, : len(rows[i])] = rows[i]
     chosen = [lines[i] for i in kept]
-    held = np.array(list(map(is_held_out(held_out), chosen)))
-    _expect_both(held, held_out)
-    return Lines(chosen, ids, held, repeated, len(lines) - len(kept))
+    return Lines(chosen, ids, held_out(chosen, share), repeated, len(lines) - len(kept))
+
+
+def held_out(texts: Sequence[str], share: float, least: int = 1) -> Bool[np.ndarray, " texts"]:
+    """Which are held out: decided by a hash of each alone, so that of equal ones all are, whatever others there are.
+
+    Raises a `WrongUsage` where it is fewer than `least`, or all.
+    """
+    found = np.array(list(map(is_held_out(share), texts)))
+    if found.all() or found.sum() < least:
+        raise WrongUsage(
+            f"--hold-out {share} holds out {found.sum()} of {len(found)} texts; {least} at least are needed, and some"
+            " to train on. Give more texts, or another share (0.3, say)."
+        )
+    return found
 
 
 def is_held_out(share: float) -> Callable[[str], bool]:
@@ -94,9 +106,9 @@ def is_held_out(share: float) -> Callable[[str], bool]:
     return lambda line: _number(line, b"held out") < share * 2**64
 
 
-def train_lines(lines: Iterable[str], held_out: float) -> list[str]:
-    """Those that a tokenizer may be made of."""
-    held = is_held_out(held_out)
+def train_lines(lines: Iterable[str], share: float) -> list[str]:
+    """Those that a tokenizer may be made of, where a share is held out."""
+    held = is_held_out(share)
     return [line for line in lines if not held(line)]
 
 
@@ -117,12 +129,3 @@ def _utf8(file: Path) -> str:
 
 def _ended(row: Int[np.ndarray, " tokens"], end_id: int) -> Int[np.ndarray, " tokens"]:
     return row if len(row) and row[-1] == end_id else np.append(row, np.int32(end_id))
-
-
-def _expect_both(held: Bool[np.ndarray, " lines"], share: float) -> None:
-    if held.all() or not held.any():
-        which = "held out" if held.all() else "trained on"
-        raise WrongUsage(
-            f"All {len(held)} lines are {which}: with so few, --hold-out {share} leaves nothing for the other share."
-            " Give more lines, or another share (0.2, say)."
-        )

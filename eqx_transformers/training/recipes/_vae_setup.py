@@ -91,7 +91,7 @@ def prepared(path: str | os.PathLike[str] | None, out: Path, t5: Any, base: T5 |
         repeated,
         tokenizer,
         length=samples.length,
-        held_out=samples.hold_out,
+        share=samples.hold_out,
         padding_id=padding_id,
         end_id=end_id,
     )

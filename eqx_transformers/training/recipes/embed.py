@@ -33,6 +33,7 @@ from ..vocabularies import load_tokenizer
 from . import _encoders as encoders
 from ._encoders import Path_
 from ._labelled import logits as outputs
+from ._lines import held_out
 from ._options import (
     Settled,
     Training,
@@ -156,7 +157,7 @@ def _read(path: Path_, options: Options) -> list[Any]:
 def _shares(found: list[Any], options: Options) -> tuple[list[Any], list[Pair]]:
     """(what is trained on, pairs that are held out: so many of them, drawn, that they can be compared)."""
     is_pair = not isinstance(found[0], str)
-    held = encoders.held_out([x[0] if is_pair else x for x in found], options.hold_out, least=2)
+    held = held_out([x[0] if is_pair else x for x in found], options.hold_out, least=2)
     chosen = [x for x, out in zip(found, held, strict=True) if out]
     pairs = chosen if is_pair else [pair for x in dict.fromkeys(chosen) if (pair := halves(x)) is not None]
     if len(pairs) < 2:

@@ -31,6 +31,7 @@ from ..packing import Packed
 from ..vocabularies import load_tokenizer, train_tokenizer, word_starts
 from . import _encoders as encoders
 from ._encoders import Path_
+from ._lines import held_out
 from ._masked_lm_options import Options, Shape
 from ._options import (
     Settled,
@@ -98,7 +99,7 @@ def masked_lm(
     mesh, out = begin(training, out)
     paths = encoders.several(texts)
     found = encoders.read(paths, options.text, {options.text: "--text"}).texts
-    held = encoders.held_out(found, options.hold_out)
+    held = held_out(found, options.hold_out)
     shares = [[text for text, out_ in zip(found, held, strict=True) if out_ == which] for which in (False, True)]
     with usage():
         made = _new(shares[0], out, scratch, training, options) if scratch else _given(model, training)
