@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
+PACKED = ("a zip archive", "gzip")
 
 
 class DataError(ValueError):
@@ -91,9 +92,10 @@ def decoded(file: Path) -> str:
         at = error.start + raw.startswith(b"\xef\xbb\xbf") * 3
         line, start = raw.count(b"\n", 0, at) + 1, raw.rfind(b"\n", 0, at) + 1
         likely = next((name for mark, name in ENCODINGS.items() if raw.startswith(mark)), "Latin-1 or Windows-1252")
+        fix = "unpack it" if likely in PACKED else "convert it, with iconv say"
         raise DataError(
             f"{file}, line {line}: byte 0x{raw[at]:02x}, number {at - start + 1} of the line, is not UTF-8"
-            f" ({error.reason}). The file is likely {likely}: convert it, with iconv say."
+            f" ({error.reason}). The file is likely {likely}: {fix}."
         ) from None
 
 

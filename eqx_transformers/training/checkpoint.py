@@ -6,9 +6,11 @@ the data, metrics, the history, and of every array its path, shape, dtype and a 
 
 import json
 import os
+import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,7 +88,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint by the metric, the later one of two; None where none has it."""
+        """The step of the best checkpoint by the metric, the first of equal ones; None where none has it."""
         return next(iter(self._ranked(self.steps)), None)
 
     def save(
@@ -174,9 +176,9 @@ class Checkpoints:
         return {*whole[-self.keep :], *self._ranked(whole)[: self.keep_best]}
 
     def _ranked(self, steps: list[int]) -> list[int]:
-        """Steps with the metric, the best first and of two the later."""
+        """Steps with the metric, the best first and of equal ones in their order."""
         sign = 1 if self.mode == "min" else -1
-        return sorted((x for x in steps if x in self._scores), key=lambda x: (sign * self._scores[x], -x))
+        return sorted((x for x in steps if x in self._scores), key=lambda x: (sign * self._scores[x], x))
 
     def _score_of(self, step: int) -> float | None:
         try:
@@ -247,11 +249,29 @@ def _manager(directory: Path, policy: _Keep, asynchronous: bool) -> Any:
     return orbax.CheckpointManager(directory, options=options)
 
 
+@contextmanager
+def _without_late_readers() -> Iterator[None]:
+    """Where one array cannot be read, orbax ends its event loop while others still come: each of them prints, from a
+    thread of its own, that there is no loop any more, and the message would be lost among hundreds of them. These, and
+    nothing else, are not shown; where something could not be read, from then on, for nobody knows when the last comes.
+    """
+    hook = sys.unraisablehook
+
+    def said(what: Any) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            hook(what)
+
+    sys.unraisablehook = said
+    yield
+    sys.unraisablehook = hook
+
+
 def _read(read: Callable[[], Any]) -> Any:
     # Whatever a file that is missing, cut off or changed makes of orbax, tensorstore and the JSON reader. What is no
     # fault of the file is not said of it: the checkpoint would be passed over, and removed.
     try:
-        return read()
+        with _without_late_readers():
+            return read()
     except (MemoryError, PermissionError):
         raise
     except Exception as error:

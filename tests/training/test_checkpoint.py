@@ -4,6 +4,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eqx_transformers.training.checkpoint import CheckpointError, Checkpoints, Restored
+from eqx_transformers.training.checkpoint import CheckpointError, Checkpoints, Damaged, Restored, _read
 
 from ..full import FULL
 from .small_run import digest, make
@@ -95,6 +96,20 @@ def test_what_was_not_a_number_is_none_of_the_best_later_either(tmp_path):
         assert checkpoints.best_step == 3 and checkpoints._ranked([1, 2, 3]) == [3, 2]
 
 
+def test_late_readers_of_a_damaged_checkpoint_are_not_shown_and_others_are(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: shown.append(str(what.exc_value)))
+
+    def torn():
+        raise ValueError("OUT_OF_RANGE")
+
+    with pytest.raises(Damaged, match="OUT_OF_RANGE"):
+        _read(torn)
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert shown == ["another"]
+
+
 @pytest.mark.parametrize("error", [MemoryError(), PermissionError("no"), RuntimeError("RESOURCE_EXHAUSTED: 9 GB")])
 def test_what_is_no_fault_of_the_file_is_not_called_damage(tmp_path, monkeypatch, error):
     def fail(*args, **options):
@@ -116,14 +131,14 @@ def test_the_last_and_the_best_stay(tmp_path):
             checkpoints.save(step, state, metrics={} if score is None else {"accuracy": score})
             checkpoints.wait()
             best = max(
-                (s for s, x in scores.items() if x == x and x is not None and s <= step), key=lambda s: (scores[s], s)
+                (s for s, x in scores.items() if x == x and x is not None and s <= step), key=lambda s: (scores[s], -s)
             )
             assert checkpoints.steps == sorted({best, *range(max(1, step - 1), step + 1)})
     with Checkpoints(tmp_path, keep=1, keep_best=2, best="accuracy", mode="max") as checkpoints:
-        assert (checkpoints.steps, checkpoints.best_step) == ([3, 6, 7], 3)
+        assert (checkpoints.steps, checkpoints.best_step) == ([2, 6, 7], 2)
         checkpoints.save(8, state)
         checkpoints.wait()
-        assert checkpoints.steps == [3, 6, 8]
+        assert checkpoints.steps == [2, 6, 8]
         with pytest.raises(ValueError, match="has a checkpoint of step 8 already, of another run"):
             checkpoints.save(8, state)
 

@@ -253,7 +253,11 @@ WRONG = {
     "alpha": (["--lora-alpha", "2"], "need --lora"),
     "frozen lora": (["--lora", "2", "--freeze", "head"], "nothing to --freeze"),
     "target": (["--lora", "2", "--lora-targets", "**.querry_proj"], "query_proj"),
-    "rank": (["--lora", "0"], "rank"),
+    "rank": (["--lora", "0"], "--lora 0 must be at least 1"),
+    "slower": (["--layer-decay", "1.5"], "--layer-decay 1.5 must be above 0 and at most 1"),
+    "seed": (["--seed", "-1"], "--seed -1 must be at least 0"),
+    "large seed": (["--seed", str(2**32)], f"must be below {2**32}"),
+    "endless": (["--learning-rate", "inf"], "must be above 0, and finite"),
     "override": (["--override", "dropout"], "NAME=NUMBER"),
     "fact": (["--override", "droput=0.1"], "droput"),
     "hold-out": (["--hold-out", "0.001"], "cannot be held out"),
@@ -284,9 +288,32 @@ def test_wrong_options_are_one_line_with_the_reason(folder, tmp_path, capsys, un
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_a_model_of_no_numbers_is_not_written(folder, tmp_path, capsys):
+    options = ["--steps", "3", "--learning-rate", "1e30", "--validation", str(folder / "test.tsv")]
+    assert command(recipe.main, argv(folder, tmp_path, *options)) == 2
+    assert "of the final model is nan: was the learning rate too high?" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists() and not (tmp_path / "metrics.json").exists()
+    told = _labelled.told(np.array([[0.0, np.inf], [1.0, 0.0]]), np.array([0, 1]))
+    assert all(map(np.isnan, told.values()))
+
+
+def test_what_is_only_evaluated_can_be_said_later_and_settings_must_be_there(folder, tmp_path, capsys):
+    train = ["--model", str(folder / "bert"), "--train", str(folder / "train.tsv"), "--out", str(tmp_path), *SMALL]
+    start = lambda *more: command(recipe.main, [*train, "--steps", "2", *more])
+    assert start() == 0 and start("--test", str(folder / "test.tsv")) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["test"]["accuracy"] >= 0 and found["step"] == found["steps"] == 2
+    for text, said in (("{", "settings.json is damaged"), (None, "has checkpoints, but no settings.json")):
+        (tmp_path / "settings.json").unlink()
+        if text is not None:
+            (tmp_path / "settings.json").write_text(text)
+        capsys.readouterr()
+        assert start() == 2 and said in capsys.readouterr().err
+
+
 def test_settings_can_be_corrected_until_something_was_trained(folder, tmp_path, capsys):
     start = lambda *more: command(recipe.main, argv(folder, tmp_path, "--steps", "1", *more))
-    assert start("--layer-decay", "7") == 2 and (tmp_path / "settings.json").exists()
+    assert start("--original", "--weight-decay", "0.1") == 2 and (tmp_path / "settings.json").exists()
     assert start() == 0
     assert start("--layer-decay", "0.9") == 2
     assert "--layer-decay was None and is 0.9" in capsys.readouterr().err

@@ -199,6 +199,7 @@ WRONG = {
     "text": (["--text", "third"], "pairs.tsv", "no column 'third'"),
     "temperature": (["--temperature", "0"], "pairs.tsv", "--temperature"),
     "lora": (["--lora", "0"], "pairs.tsv", "--lora 0"),
+    "alone": (["--batch-size", "4", "--accumulate", "4"], "pairs.tsv", "two at least are needed"),
     "share": (["--hold-out", "1"], "pairs.tsv", "--hold-out 1.0"),
     "length": (["--max-length", "100"], "pairs.tsv", "has room for"),
 }

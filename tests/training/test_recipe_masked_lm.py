@@ -92,6 +92,7 @@ def test_transformers_says_the_same_with_what_is_written(whole):
 
     ours = eqx.filter_jit(converters.load(whole / "model")[0])(inputs["input_ids"][0].numpy())
     np.testing.assert_allclose(ours, logits, atol=1e-4)
+    assert tokenizer.model_max_length == 14
     assert tokenizer.mask_token == "<mask>" and tokenizer.pad_token_id == model.config.pad_token_id == 1
 
 

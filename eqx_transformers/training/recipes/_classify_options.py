@@ -50,6 +50,10 @@ class Options:
         if self.hold_out is not None:
             expect_share("--hold-out", self.hold_out)
         expect_at_least(self, {"max_shapes": 1, "max_length": 1})
+        if (rank := self.lora.rank if isinstance(self.lora, Adapter) else self.lora) is not None and rank < 1:
+            raise WrongUsage(f"--lora {rank} must be at least 1.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise WrongUsage(f"--layer-decay {self.layer_decay} must be above 0 and at most 1.")
         if self.lora is not None and self.freeze:
             raise WrongUsage("--lora trains adapters and the head alone, so there is nothing to --freeze.")
         if self.original and self.layer_decay is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, NamedTuple
@@ -108,7 +109,9 @@ def log_probabilities(logits: Float[np.ndarray, "texts labels"]) -> Float[np.nda
 
 
 def told(logits: Float[np.ndarray, "texts labels"], labels: Int[np.ndarray, " texts"]) -> dict[str, float]:
-    """Loss, accuracy and macro F1."""
+    """Loss, accuracy and macro F1; NaN where a model said what is not a number."""
+    if not np.isfinite(logits).all():
+        return dict.fromkeys(("loss", "accuracy", "macro_f1"), math.nan)
     confusion = metrics.confusion_matrix(labels, logits.argmax(-1), logits.shape[-1])
     loss = -log_probabilities(logits)[np.arange(len(labels)), labels].mean()
     return {"loss": float(loss), "accuracy": metrics.accuracy(confusion), "macro_f1": metrics.macro_f1(confusion)}

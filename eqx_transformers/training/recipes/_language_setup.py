@@ -111,7 +111,8 @@ class Work:
         """What transformers must be told of a tokenizer.json that nobody made there."""
         known = dict(zip(("pad_token", "unk_token"), SPECIAL, strict=True))
         there = {name: token for name, token in known.items() if self.tokenizer.token_to_id(token) is not None}
-        return {"tokenizer_class": "PreTrainedTokenizerFast", **there}
+        longest = {} if (room := self.model.backbone.room) is None else {"model_max_length": room}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **there, **longest}
 
 
 def training_for(options: Options, source: Any = None, given: Training | None = None) -> Settled:

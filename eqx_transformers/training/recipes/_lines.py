@@ -95,8 +95,8 @@ def held_out(texts: Sequence[str], share: float, least: int = 1) -> Bool[np.ndar
     found = np.array(list(map(is_held_out(share), texts)))
     if found.all() or found.sum() < least:
         raise WrongUsage(
-            f"--hold-out {share} holds out {found.sum()} of {len(found)} texts; {least} at least are needed, and some"
-            " to train on. Give more texts, or another share (0.3, say)."
+            f"--hold-out {share} holds out {found.sum()} of {len(found)} texts (equal ones together); {least} at least"
+            f" must be, and some not. Give more texts, or a {'smaller' if found.all() else 'larger'} share."
         )
     return found
 

@@ -23,8 +23,7 @@ class Options:
     def __post_init__(self):
         expect_share("--hold-out", self.hold_out)
         expect_share("--mask-rate", self.mask_rate)
-        if self.max_shapes < 1 or (self.max_length is not None and self.max_length < 3):
-            raise WrongUsage(f"--max-shapes {self.max_shapes} must be at least 1, --max-length {self.max_length} 3.")
+        expect_at_least(self, {"max_shapes": 1, "max_length": 3})
 
 
 @dataclass(frozen=True, kw_only=True)

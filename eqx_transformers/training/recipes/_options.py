@@ -78,7 +78,9 @@ class Training:
     steps: int | None = option(None, "how many updates, in the place of --epochs")
     batch_size: int | None = option(None, "rows of a batch, over all devices")
     learning_rate: float | None = option(None, "at its peak")
-    warmup: float | int | None = option(None, "the share of the steps in which AdamW's rate rises; then it falls to 0")
+    warmup: float | int | None = option(
+        None, "the share of the steps in which AdamW's rate rises from 0, before it falls"
+    )
     weight_decay: float | int | None = option(None, "AdamW's, of matrices alone: not of biases and norms")
     clip_norm: float | int | None = option(None, "largest norm of a gradient; 0 is without")
     accumulate: int = option(1, "micro-batches of a batch, gone through one after another")
@@ -99,12 +101,14 @@ class Training:
         if self.epochs is not None and self.steps is not None:
             raise WrongUsage(f"--epochs {self.epochs:g} and --steps {self.steps} both say how long: give one of them.")
         least = {"batch_size": 1, "accumulate": 1, "keep": 1, "steps": 1, "patience": 0}
-        least |= {"evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0, "clip_norm": 0, "warmup": 0}
+        least |= {"evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0, "clip_norm": 0, "warmup": 0, "seed": 0}
         expect_at_least(self, least)
+        if self.seed >= 2**32:
+            raise WrongUsage(f"--seed {self.seed} must be below {2**32}.")
         for name in ("learning_rate", "epochs"):
             given = getattr(self, name)
-            if given is not None and not given > 0:
-                raise WrongUsage(f"{_spelled(name)} {given:g} must be above 0.")
+            if given is not None and not 0 < given < math.inf:
+                raise WrongUsage(f"{_spelled(name)} {given:g} must be above 0, and finite.")
         if self.warmup is not None and not self.warmup < 1:
             raise WrongUsage(f"--warmup {self.warmup}, a share of the steps, must be below 1.")
         if self.batch_size is not None and self.batch_size % self.accumulate:
@@ -230,11 +234,22 @@ def settle(out: Path, settings: dict[str, Any]) -> None:
     """
     told = json.loads(json.dumps(settings, default=str))
     path = out / "settings.json"
-    if not path.exists() or not begun(out):
+    if begun(out) and not path.exists():
+        raise WrongUsage(
+            f"{out} has checkpoints, but no {path.name}, which says of which run they are. Give another --out for a new"
+            " run, or remove the directory."
+        )
+    if not begun(out):
         with writing(path) as fresh:
             fresh.write_text(json.dumps(told, indent=2) + "\n")
         return
-    there = json.loads(path.read_text())
+    try:
+        there = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise WrongUsage(
+            f"{path} is damaged ({error}): it says of which run the checkpoints beside it are. Give another --out for a"
+            " new run, or remove the directory."
+        ) from error
     said = lambda name: f"{_spelled(name)} was {there.get(name)!r} and is {told.get(name)!r}"
     differ = [name for name in told | there if told.get(name) != there.get(name)]
     # The texts' fingerprint is one of their batches, which other settings change too.

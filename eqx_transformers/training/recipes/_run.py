@@ -1,5 +1,6 @@
 """What happens in every recipe: how it begins and ends, and the training between."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from .._memory import keep_freed
 from ..callbacks import EarlyStop
 from ..checkpoint import CheckpointError, Checkpoints
 from ..data import Batches
-from ..loop import Fitted, NotFinite, fit
+from ..loop import Fitted, Interrupted, NotFinite, fit
 from ..optimizers import adamw
 from ..schedules import warmup_linear
 from ..text import DataError
@@ -39,6 +40,8 @@ def command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     try:
         main(argv)
     except KeyboardInterrupt as stopped:
+        if not isinstance(stopped, Interrupted):
+            print("stopped: what was not saved before is lost.", file=sys.stderr)
         return 128 + getattr(stopped, "signal", signal.SIGINT)
     except told as error:
         print(f"error: {error}", file=sys.stderr)
@@ -139,15 +142,27 @@ def train(
         )
 
 
-def final(fitted: Fitted, training: Settled, out: Path, best: Best | None, mesh: Any) -> Any:
-    """The model of the checkpoint that was best on what is held out, or the last one; whole on every device."""
+def final(fitted: Fitted, training: Settled, out: Path, best: Best | None, mesh: Any) -> tuple[Any, int]:
+    """(the model that is best on held-out data, or the last one, whole on every device; the step that it is of)."""
     state = fitted.state
     if best is not None:
         with _checkpoints(out, training, best) as checkpoints:
             found = checkpoints.restore(state, best=True)
         state = state if found is None else found.state
     model = state.model
-    return model if mesh is None else whole(model, mesh)
+    return model if mesh is None else whole(model, mesh), int(state.step)
+
+
+def expect_finite(metrics: Mapping[str, Any], out: Path) -> None:
+    """Raises `NotFinite` for a model that is not worth a file."""
+    for name, x in metrics.items():
+        if isinstance(x, Mapping):
+            expect_finite(x, out)
+        elif isinstance(x, float) and not math.isfinite(x):
+            raise NotFinite(
+                f"The {name} of the final model is {x}: was the learning rate too high? No model is written; the"
+                f" checkpoints are in {out / 'checkpoints'}."
+            )
 
 
 def _checkpoints(out: Path, training: Settled, best: Best) -> Checkpoints:

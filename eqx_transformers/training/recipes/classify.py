@@ -41,7 +41,7 @@ from ._options import (
     training as training_of,
     usage,
 )
-from ._run import Best, begin, final, program, train as trained
+from ._run import Best, begin, expect_finite, final, program, train as trained
 from ._tuned import Adapter as Adapter, Ready, export, optimizer, peak, ready
 
 BEST: Best = ("accuracy", "max")
@@ -93,12 +93,13 @@ def classify(
     with usage():
         made = ready(model, names, training.seed, options.lora, options.freeze, options.override)
         task = prepared(records, made, training, options, mesh)
-        settle(out, _settings(train, test, model, training, options, task))
+        settle(out, _settings(train, model, training, options, task))
     if training.progress and jax.process_index() == 0:
         print("\n".join(_said(task, made, names)), flush=True)
     fitted = _fitted(made, task, training, options, out, mesh)
-    best = BEST if options.holds_out else None
-    return _finished(final(fitted, training, out, best, mesh), task, made, fitted, names, out)
+    tuned, step = final(fitted, training, out, BEST if options.holds_out else None, mesh)
+    run = {"labels": list(names), "steps": int(fitted.state.step), "step": step, "stopped": fitted.stopped}
+    return _finished(tuned, task, made, fitted.history, run, out)
 
 
 def _records(paths: Mapping[str, Any], options: Options) -> dict[str, Any]:
@@ -131,9 +132,9 @@ def prepared(records: Mapping[str, Any], made: Ready, training: Settled, options
     return Task(sets, batches, {name: scored(texts) for name, texts in sets.items() if name != "train"}, limit, cut)
 
 
-def _settings(train: Any, test: Any, model: Any, training: Settled, options: Options, task: Task) -> dict[str, Any]:
-    """All that a run that goes on must agree with."""
-    paths = {"train": absolute(train), "test": absolute(test), "validation": absolute(options.validation)}
+def _settings(train: Any, model: Any, training: Settled, options: Options, task: Task) -> dict[str, Any]:
+    """All that a run that goes on must agree with: the test texts are not trained on."""
+    paths = {"train": absolute(train), "validation": absolute(options.validation)}
     given = {"max_length": task.max_length, "texts": task.batches.fingerprint, "model": located(model)}
     return settings_of(training, options) | given | paths
 
@@ -170,19 +171,20 @@ def _fitted(made: Ready, task: Task, training: Settled, options: Options, out: P
     )
 
 
-def _finished(model: Any, task: Task, made: Ready, fitted: Fitted, names: Sequence[str], out: Path) -> Classified:
+def _finished(model: Any, task: Task, made: Ready, history: History, run: dict[str, Any], out: Path) -> Classified:
     """Scores what is to be scored and writes all."""
+    names = run["labels"]
     logits = {name: data.logits(model, batches) for name, batches in task.scored.items()}
     results = {name: _measured(x, task.sets[name], names) for name, x in logits.items()}
+    expect_finite(results, out)
     path = out / ("adapter" if made.saved else "model")
     if jax.process_index() == 0:
         export(model, path, made)
-        run = {"labels": list(names), "steps": int(fitted.state.step), "stopped": fitted.stopped}
         written(out / "metrics.json", json.dumps(results | run, indent=2).encode())
         if shown := next((name for name in ("test", "validation") if name in logits), None):
             _show(out, shown, task.sets[shown], logits[shown], results[shown], names)
     test, validation = results.get("test"), results.get("validation")
-    return Classified(model, tuple(names), test, validation, fitted.history, fitted.stopped, path)
+    return Classified(model, tuple(names), test, validation, history, run["stopped"], path)
 
 
 def _measured(logits: Any, texts: Labelled, names: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ The checkpoint that is best at it is the final model.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,6 @@ from ...surgery import adapter_mask, add_adapter, merge, select
 from ..batching import Buckets
 from ..data import Batches
 from ..history import History
-from ..loop import Fitted
 from ..objectives import contrastive_loss
 from ..text import TABLES
 from ..vocabularies import load_tokenizer
@@ -52,7 +52,7 @@ from ._options import (
     usage,
 )
 from ._pairs import Pair, halves, ranks, rivals
-from ._run import Best, begin, final, program, train
+from ._run import Best, begin, expect_finite, final, program, train
 from ._tuned import RATE_SAID, peak
 
 EPOCHS = 3
@@ -106,8 +106,10 @@ class Task(NamedTuple):
     said: str
 
     def measured(self, model: Any) -> dict[str, float]:
-        """`accuracy` and `mean_reciprocal_rank` of the held-out pairs."""
+        """`accuracy` and `mean_reciprocal_rank` of the held-out pairs; NaN where an embedding is not of numbers."""
         first, second = (outputs(model, side) for side in self.sides)
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            return {"accuracy": math.nan, "mean_reciprocal_rank": math.nan}
         found = ranks(first, second, self.rivals)
         return {"accuracy": float((found == 1).mean()), "mean_reciprocal_rank": float((1 / found).mean())}
 
@@ -126,6 +128,11 @@ def embed(
     """
     options = Options() if options is None else options
     training = (training or Training()).settled(batch_size=ROWS, learning_rate=peak(options.lora))
+    if training.batch_size < 2 * training.accumulate:
+        raise WrongUsage(
+            f"--batch-size {training.batch_size} with --accumulate {training.accumulate} is one pair at a time, with no"
+            " wrong answer to tell it from: two at least are needed."
+        )
     mesh, out = begin(training, out)
     kept, held = _shares(_read(pairs, options), options)
     made, origin, said = encoders.loaded(model, SentenceEmbedder, training.seed)
@@ -139,9 +146,11 @@ def embed(
     loss = partial(contrastive_loss, temperature=options.temperature)
     given: dict[str, Any] = {"mesh": mesh, "trains": trains, "evaluate": task.measured, "best": BEST}
     fitted = train(made, loss, task.batches, training, out, epochs=EPOCHS, **given)
-    made = final(fitted, training, out, BEST, mesh)
+    made, step = final(fitted, training, out, BEST, mesh)
     made = made if options.lora is None else merge(made)
-    return _finished(made, origin, fitted, before, task.measured(made), out)
+    result = Embedded(made, before, task.measured(made), fitted.history, fitted.stopped, out / "model")
+    _write(result, origin, out, {"steps": int(fitted.state.step), "step": step, "stopped": fitted.stopped})
+    return result
 
 
 def _read(path: Path_, options: Options) -> list[Any]:
@@ -207,17 +216,14 @@ def _told(found: dict[str, float]) -> str:
     return f"held-out accuracy {found['accuracy']:.3f}, mean reciprocal rank {found['mean_reciprocal_rank']:.3f}"
 
 
-def _finished(
-    model: Any, origin: Any, fitted: Fitted, before: dict[str, float], after: dict[str, float], out: Path
-) -> Embedded:
+def _write(result: Embedded, origin: Any, out: Path, run: dict[str, Any]) -> None:
     import converters
 
-    path = out / "model"
+    metrics = {"before": result.before, "after": result.after} | run
+    expect_finite(metrics, out)
     if jax.process_index() == 0:
-        converters.export(model, path, origin)
-        run = {"steps": int(fitted.state.step), "stopped": fitted.stopped}
-        written(out / "metrics.json", json.dumps({"before": before, "after": after} | run, indent=2).encode())
-    return Embedded(model, before, after, fitted.history, fitted.stopped, path)
+        converters.export(result.model, result.path, origin)
+        written(out / "metrics.json", json.dumps(metrics, indent=2).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,6 @@ from ...serialisation import save
 from ...sharding import shard_batch
 from ..entropy import bigram_entropy, bits_per_character, unigram_entropy
 from ..history import History
-from ..loop import Fitted
 from ..objectives import language_model_loss
 from ..updater import TrainState, Updater
 from . import _encoders as encoders
@@ -49,7 +48,7 @@ from ._options import (
     training as training_of,
     usage,
 )
-from ._run import Best, begin, final, program, train
+from ._run import Best, begin, expect_finite, final, program, train
 from ._samples import Watch, continued
 
 BEST: Best = ("loss", "min")
@@ -122,8 +121,10 @@ def language_model(
         callbacks=[watch],
         look=None if options.dump is None else partial(_dumped, Path(options.dump), work, mesh),
     )
-    model = final(fitted, training, out, BEST, mesh)
-    return _finished(model, work, fitted, baselines, _sample(model, work, options, training, None), out)
+    model, step = final(fitted, training, out, BEST, mesh)
+    run = {"steps": int(fitted.state.step), "step": step, "stopped": fitted.stopped}
+    sample = _sample(model, work, options, training, None)
+    return _finished(model, work, fitted.history, baselines, run | {"sample": sample}, out)
 
 
 def measured(model: Any, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -204,17 +205,18 @@ def _settings(
 
 
 def _finished(
-    model: Any, work: Work, fitted: Fitted, baselines: dict[str, float], sample: str, out: Path
+    model: Any, work: Work, history: History, baselines: dict[str, float], run: dict[str, Any], out: Path
 ) -> LanguageModelled:
     found = measured(model, work.evaluated(None))
     metrics: dict[str, Any] = found | baselines
     metrics["bits_per_character"] = bits_per_character(found["loss"], len(work.held_ids), work.held_characters)
     metrics |= {"train_tokens": len(work.train_ids), "held_out_tokens": len(work.held_ids)}
-    metrics |= {"steps": int(fitted.state.step), "stopped": fitted.stopped, "sample": sample}
+    metrics |= run
+    expect_finite(metrics, out)
     if jax.process_index() == 0:
         _export(model, work, out)
         written(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False).encode())
-    return LanguageModelled(model, work.tokenizer, metrics, sample, fitted.history, fitted.stopped, out / "model")
+    return LanguageModelled(model, work.tokenizer, metrics, run["sample"], history, run["stopped"], out / "model")
 
 
 def _export(model: Any, work: Work, out: Path) -> None:

@@ -25,7 +25,6 @@ from ..batching import Buckets
 from ..corruption import mask_tokens
 from ..data import Batches
 from ..history import History
-from ..loop import Fitted
 from ..objectives import masked_lm_loss
 from ..packing import Packed
 from ..vocabularies import load_tokenizer, train_tokenizer, word_starts
@@ -48,7 +47,7 @@ from ._options import (
     training as training_of,
     usage,
 )
-from ._run import Best, begin, final, program, train
+from ._run import Best, begin, expect_finite, final, program, train
 
 EPOCHS = 3
 BEST: Best = ("loss", "min")
@@ -114,8 +113,12 @@ def masked_lm(
     fitted = train(
         made.model, masked_lm_loss, batches, training, out, epochs=EPOCHS, mesh=mesh, evaluate=evaluate, best=BEST
     )
-    trained = final(fitted, training, out, BEST, mesh)
-    return _finished(trained, made, fitted, before, measured(trained, scored), out)
+    trained, step = final(fitted, training, out, BEST, mesh)
+    result = MaskedLMResult(
+        trained, made.tokenizer, before, measured(trained, scored), fitted.history, fitted.stopped, out / "model"
+    )
+    _write(result, made, out, {"steps": int(fitted.state.step), "step": step, "stopped": fitted.stopped})
+    return result
 
 
 def measured(model: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -171,7 +174,9 @@ def _prepared(
     scored = encoders.in_order(held, layout, made.model.config, transform=corrupt, seed=training.seed)
     hidden = sum(int((batch["targets"] >= 0).sum()) for batch in scored)
     if not hidden:
-        raise WrongUsage(f"No token of the {len(held)} held-out texts is hidden: give more texts or a --mask-rate.")
+        raise WrongUsage(
+            f"No token of the {len(held)} held-out texts is hidden: give more texts, or a larger --mask-rate."
+        )
     cut = kept.truncated + held.truncated
     said = f"{len(kept)} texts, and {len(held)} held out, of which {hidden} tokens are hidden"
     return batches, scored, said + (f"; {cut} are cut to {limit} tokens" if cut else "")
@@ -204,20 +209,19 @@ def _told(found: dict[str, float]) -> str:
     return f"held-out loss {found['loss']:.3f}, accuracy {found['accuracy']:.3f}"
 
 
-def _finished(
-    model: Any, made: Ready, fitted: Fitted, before: dict[str, float], after: dict[str, float], out: Path
-) -> MaskedLMResult:
+def _write(result: MaskedLMResult, made: Ready, out: Path, run: dict[str, Any]) -> None:
     import converters
 
-    path = out / "model"
-    if jax.process_index() == 0:
-        converters.export(model, path, made.origin)
-        if made.origin is None:
-            written(path / "tokenizer.json", made.tokenizer.to_str().encode())
-            written(path / "tokenizer_config.json", json.dumps(TOKENIZER_CONFIG, indent=2).encode())
-        run = {"steps": int(fitted.state.step), "stopped": fitted.stopped}
-        written(out / "metrics.json", json.dumps({"before": before, "after": after} | run, indent=2).encode())
-    return MaskedLMResult(model, made.tokenizer, before, after, fitted.history, fitted.stopped, path)
+    metrics = {"before": result.before, "after": result.after} | run
+    expect_finite(metrics, out)
+    if jax.process_index() > 0:
+        return
+    converters.export(result.model, result.path, made.origin)
+    if made.origin is None:
+        told = TOKENIZER_CONFIG | {"model_max_length": result.model.backbone.room}
+        written(result.path / "tokenizer.json", made.tokenizer.to_str().encode())
+        written(result.path / "tokenizer_config.json", json.dumps(told, indent=2).encode())
+    written(out / "metrics.json", json.dumps(metrics, indent=2).encode())
 
 
 # What transformers must be told of a tokenizer.json that nobody made there.

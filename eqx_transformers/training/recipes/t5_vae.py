@@ -93,8 +93,9 @@ def t5_vae(
     measure = lambda count: Reconstruction(work.held[:count], rows, work.padding_id, loss, work.say, check)
     evaluate = measure(samples.evaluate_lines)
     fitted = _run.train(model, loss, batches, training, out, epochs=EPOCHS, mesh=mesh, evaluate=evaluate, best=BEST)
-    best = _run.final(fitted, training, out, BEST, mesh)
-    return _finished(best, work, out, samples, measure(FINAL * samples.evaluate_lines))
+    best, step = _run.final(fitted, training, out, BEST, mesh)
+    run = {"steps": int(fitted.state.step), "step": step, "stopped": fitted.stopped}
+    return _finished(best, work, out, samples, measure(FINAL * samples.evaluate_lines), run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +120,9 @@ def _said(work: Work) -> str:
     )
 
 
-def _finished(model: T5VAE, work: Work, out: Path, samples: Samples, measure: Reconstruction) -> Result:
+def _finished(
+    model: T5VAE, work: Work, out: Path, samples: Samples, measure: Reconstruction, run: dict[str, Any]
+) -> Result:
     """Measures, and writes and prints all."""
     texts = work.held_texts[: len(measure.ids)]
     metrics: dict[str, Any] = measure(model)
@@ -127,6 +130,8 @@ def _finished(model: T5VAE, work: Work, out: Path, samples: Samples, measure: Re
     if measure.check is not None:
         metrics["valid_texts"] = float(np.mean([measure.check(text) for text in texts]))
     metrics |= {"lines": len(texts), "skipped": work.lines.skipped, "repeated": work.lines.repeated}
+    metrics |= run
+    _run.expect_finite(metrics, out)
     codes = measure.codes(model)
     table, ways = interpolations(measure, model, codes, texts, pairs=samples.pairs, steps=samples.points)
     if jax.process_index() == 0:
