@@ -119,6 +119,7 @@ BAD = {
         {},
         "line 1: byte 0xff, number 1 of the line, is not UTF-8 (invalid sta",
     ),
+    "gzip": ("a.tsv", b"\x1f\x8b\x08" + 9 * b"\xff", {}, "The file is likely gzip: unpack it."),
     "json": (
         "a.jsonl",
         '{"text": "a"}\n{"text": }\n',
