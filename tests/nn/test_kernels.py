@@ -411,6 +411,7 @@ print(kernels.explain(q[0], k[0], v[0], Mask()))
 """
 
 
+@pytest.mark.full
 def test_a_sharded_batch_is_not_gathered():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     child = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)

@@ -144,6 +144,7 @@ def test_a_second_start_goes_on_and_other_settings_are_refused(folder, whole):
         run(folder, out, options=Options(hold_out=0.2, max_shapes=1, max_length=17))
 
 
+@pytest.mark.full
 def test_ctrl_c_and_a_second_start_give_the_same_numbers(folder, whole, tmp_path, monkeypatch):
     first, told = whole[1], _labelled.told
     calls = []
@@ -189,6 +190,7 @@ def test_the_adapter_predicts_the_same_in_peft(folder, tmp_path):
     assert trained  # B was zero
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", ["roberta", "gpt2", "t5"] if FULL else ["gpt2"])
 def test_other_families(folder, tmp_path, capsys, model):
     """Rows that only fill a batch (5 texts in batches of 8) make nothing infinite."""

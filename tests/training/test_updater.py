@@ -340,6 +340,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.full
 def test_arrays_stay_where_they_lie_on_eight_devices():
     """Also with micro-batches, and without compiling anything a second time."""
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
