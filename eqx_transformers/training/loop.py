@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,8 +71,9 @@ def fit(
     Metrics are read `LAG` steps late, so that the device never waits for the host. Steps that were not finite are
     counted (`history.skipped`); `most_skipped` of them in a row raise `NotFinite`.
 
-    SIGINT (Ctrl-C) and SIGTERM: the step is finished and saved, a line says how to go on, and `Interrupted`, which is a
-    `KeyboardInterrupt`, is raised. A second one stops at once. (Only in the main thread, where signals arrive.)
+    SIGINT (Ctrl-C) and SIGTERM: the step is finished and saved, a line on standard error says how to go on, whatever
+    `progress` is, and `Interrupted`, which is a `KeyboardInterrupt`, is raised. A second one stops at once. (Only in
+    the main thread, where signals arrive.)
 
     With several processes all call it alike, and the first logs, draws and shows. Raises a `ValueError` or `TypeError`
     for settings that cannot be meant, before the first step.
@@ -260,7 +262,9 @@ class _Run:
                 f"{name}: saved at step {self.step} of {self.steps} in {self.checkpoints.directory}."
                 " Run the same again to go on from there."
             )
-        self.progress.say(text)
+        self.progress.close()
+        if jax.process_index() == 0:
+            print(text, file=sys.stderr, flush=True)  # where no progress is shown too
         raise Interrupted(text, number)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -255,6 +255,7 @@ WRONG = {
     "alpha": (["--lora-alpha", "2"], "need --lora"),
     "frozen lora": (["--lora", "2", "--freeze", "head"], "nothing to --freeze"),
     "target": (["--lora", "2", "--lora-targets", "**.querry_proj"], "query_proj"),
+    "one length": (["--max-shapes", "4"], "--no-buckets is --max-shapes 1: give one of them"),
     "rank": (["--lora", "0"], "--lora 0 must be at least 1"),
     "slower": (["--layer-decay", "1.5"], "--layer-decay 1.5 must be above 0 and at most 1"),
     "seed": (["--seed", "-1"], "--seed -1 must be at least 0"),

@@ -165,6 +165,7 @@ WRONG = {
     "rate": (["--from-scratch", "--mask-rate", "15"], "--mask-rate 15.0"),
     "share": (["--from-scratch", "--hold-out", "0"], "--hold-out"),
     "length": (["--from-scratch", "--max-length", "2"], "--max-length 2"),
+    "packed": (["--from-scratch", "--pack", "--max-shapes", "3"], "--pack has one length"),
     "vocabulary": (["--from-scratch", "--vocab-size", "100"], "vocab_size = 100 is too small"),
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from ._encoders import SHAPES
 from ._options import WrongUsage, expect_at_least, expect_share, parser
 from ._tuned import RATE_SAID, Adapter
 
@@ -37,7 +38,7 @@ class Options:
     text: str | tuple[str, str] = "text"
     label: str = "label"
     max_length: int | None = None
-    max_shapes: int = 8
+    max_shapes: int = SHAPES
     lora: Adapter | int | None = None
     freeze: tuple[str, ...] = ()
     layer_decay: float | None = None
@@ -73,13 +74,16 @@ def options_of(args: argparse.Namespace) -> Options:
         lora = Adapter(args.lora, args.lora_alpha, tuple(args.lora_targets or Adapter(1).targets), args.lora_dropout)
     elif args.lora_alpha is not None or args.lora_targets or args.lora_dropout:
         raise WrongUsage("--lora-alpha, --lora-targets and --lora-dropout need --lora RANK.")
+    if args.no_buckets and args.max_shapes is not None:
+        raise WrongUsage("--no-buckets is --max-shapes 1: give one of them.")
+    shapes = 1 if args.no_buckets else args.max_shapes
     return Options(
         validation=args.validation,
         hold_out=args.hold_out,
         text=args.text[0] if len(args.text) == 1 else (args.text[0], args.text[1]),
         label=args.label,
         max_length=args.max_length,
-        max_shapes=1 if args.no_buckets else args.max_shapes,
+        max_shapes=SHAPES if shapes is None else shapes,
         lora=lora,
         freeze=tuple(args.freeze),
         layer_decay=args.layer_decay,
@@ -110,7 +114,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--text", nargs="+", default=["text"], metavar="COLUMN", help="of the texts; two, for pairs (default text)")
     add("--label", default="label", metavar="COLUMN", help="of the labels (default label)")
     add("--max-length", type=int, help=f"tokens; longer texts are cut (default: the model's room, {LONGEST} at most)")
-    add("--max-shapes", type=int, default=8, help="lengths that batches are padded to (default 8)")
+    add("--max-shapes", type=int, help=f"lengths that batches are padded to (default {SHAPES})")
     add("--no-buckets", action="store_true", help="one length for all")
     add("--lora", type=int, metavar="RANK", help="train adapters of this rank, and the head whole")
     add("--lora-alpha", type=float, help="their scale times the rank (default: twice the rank)")

@@ -16,6 +16,7 @@ from ..tokens import TokenizedTexts, tokenize
 from ._options import WrongUsage, expect_foreign, naming
 
 LONGEST = 128  # tokens, where the model has room for more and nothing is said
+SHAPES = 8  # lengths that batches are padded to, at most
 Path_ = str | PathLike[str]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from ._encoders import LONGEST
+from ._encoders import LONGEST, SHAPES
 from ._options import WrongUsage, expect_at_least, expect_dropout, expect_share, option
 
 
@@ -18,12 +18,14 @@ class Options:
     max_length: int | None = option(
         None, f"tokens; longer texts are cut (default: the model's room, {LONGEST} at most)"
     )
-    max_shapes: int = option(8, "lengths that batches are padded to")
+    max_shapes: int = option(SHAPES, "lengths that batches are padded to")
 
     def __post_init__(self):
         expect_share("--hold-out", self.hold_out)
         expect_share("--mask-rate", self.mask_rate)
         expect_at_least(self, {"max_shapes": 1, "max_length": 3})
+        if self.pack and self.max_shapes not in (1, SHAPES):
+            raise WrongUsage("--pack has one length, --max-length: leave out --max-shapes.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,7 @@ class Parser(argparse.ArgumentParser):
 def parser(name: str, said: str, **own: Any) -> Parser:
     """Of the recipe `name`: with the options of `Training`, and `--out`; the help says the recipe's `own` numbers."""
     made = Parser(prog=f"python -m eqx_transformers.training.recipes.{name}", description=said, allow_abbrev=False)
-    made.add_argument("--out", type=Path, metavar="DIR", help=f"where all is written (default ./{name})")
+    made.add_argument("--out", type=_directory, metavar="DIR", help=f"where all is written (default ./{name})")
     numbers = {one.name: one.default for one in fields(Settled) if one.default is not None}
     add_options(made, "training", Training, **(numbers | own))
     made.set_defaults(out=Path(name))
@@ -259,6 +259,14 @@ def settle(out: Path, settings: dict[str, Any]) -> None:
             f"{out} holds a run with other settings: {'; '.join(other)}. Give these to go on with it, another --out for"
             " a new run, or remove the directory."
         )
+
+
+def _directory(given: str) -> Path:
+    if not given:
+        raise argparse.ArgumentTypeError(
+            "it is empty: is a variable of the shell not set? Give a directory (. is this)."
+        )
+    return Path(given)
 
 
 def _spelled(name: str) -> str:

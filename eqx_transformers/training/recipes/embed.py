@@ -59,6 +59,7 @@ EPOCHS = 3
 ROWS = 64  # of a batch: each is a wrong answer to the others
 BEST: Best = ("mean_reciprocal_rank", "max")
 TARGETS = "**.{query,value}_proj"
+PAIR = ("first", "second")  # their columns
 RATES = ("embedding_dropout", "attention_dropout", "attention_output_dropout", "dropout")
 
 
@@ -66,8 +67,8 @@ RATES = ("embedding_dropout", "attention_dropout", "attention_output_dropout", "
 class Options:
     """Which texts there are, and the loss. Raises `WrongUsage` for what is out of range."""
 
-    first: str = option("first", "the column of the first texts", metavar="COLUMN")
-    second: str = option("second", "the column of their partners", metavar="COLUMN")
+    first: str = option(PAIR[0], "the column of the first texts", metavar="COLUMN")
+    second: str = option(PAIR[1], "the column of their partners", metavar="COLUMN")
     text: str | None = option(None, "no pairs: this column's texts, twice under other dropout", metavar="COLUMN")
     hold_out: float = option(0.1, "the share that is not trained on, chosen by a hash of each first text")
     evaluate_pairs: int = option(2000, "held-out pairs among which partners are looked for, at most")
@@ -75,10 +76,14 @@ class Options:
     max_length: int | None = option(
         None, f"tokens; longer texts are cut (default: the model's room, {encoders.LONGEST} at most)"
     )
-    max_shapes: int = option(8, "lengths that batches are padded to")
+    max_shapes: int = option(encoders.SHAPES, "lengths that batches are padded to")
     lora: int | None = option(None, "train adapters of this rank and nothing else; the result has them merged")
 
     def __post_init__(self):
+        if self.text is not None and (self.first, self.second) != PAIR:
+            raise WrongUsage(
+                "--text is the column of single texts, --first and --second are those of pairs: one or the other."
+            )
         expect_share("--hold-out", self.hold_out)
         least = {"evaluate_pairs": 2, "max_shapes": 1, "max_length": 3, "lora": 1}
         expect_at_least(self, least)
@@ -156,6 +161,8 @@ def embed(
 def _read(path: Path_, options: Options) -> list[Any]:
     """Pairs of a table; or texts, of plain lines or where they are asked for."""
     is_plain = Path(path).is_file() and Path(path).suffix.lower() not in TABLES
+    if is_plain and (options.first, options.second) != PAIR:
+        raise WrongUsage(f"{path} has lines, not columns: --first and --second are of .tsv, .csv and .jsonl files.")
     if is_plain or options.text is not None:
         text = options.text or "text"
         return encoders.read([path], text, {text: "--text"}).texts
