@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
-from ..nn import AbstractCache, Cache, Embedding, LayerCache, Mask, Rotation, Stack
+from ..nn import AbstractCache, Cache, Dropout, Embedding, LayerCache, Mask, Rotation, Stack
 from ..nn._errors import within
 from ..nn.positions import count
 from .inputs import Attended, Ids, mask_of, whole_numbers
@@ -20,7 +20,7 @@ class DecoderEmbedding(eqx.Module):
 
     tokens: eqx.Module
     positions: eqx.Module | None
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     token_scale: float = eqx.field(static=True)
     position_scale: float = eqx.field(static=True)
 
@@ -35,7 +35,7 @@ class DecoderEmbedding(eqx.Module):
     ):
         self.tokens = tokens
         self.positions = positions
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.token_scale = token_scale
         self.position_scale = position_scale
 
@@ -57,8 +57,8 @@ class DecoderBlock(eqx.Module):
     attention: eqx.Module
     mlp_norm: eqx.Module
     mlp: eqx.Module
-    attention_output_dropout: eqx.nn.Dropout
-    mlp_output_dropout: eqx.nn.Dropout
+    attention_output_dropout: Dropout
+    mlp_output_dropout: Dropout
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class DecoderBlock(eqx.Module):
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
-        self.attention_output_dropout = eqx.nn.Dropout(dropout)
-        self.mlp_output_dropout = eqx.nn.Dropout(dropout)
+        self.attention_output_dropout = Dropout(dropout)
+        self.mlp_output_dropout = Dropout(dropout)
 
     def __call__(
         self,

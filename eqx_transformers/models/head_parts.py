@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ..nn import ACTIVATIONS, Embedding, LayerNorm, Linear
+from ..nn import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear
 from ..nn._dtypes import wider
 from ..nn._errors import within
 from ..nn._keys import keyed
@@ -112,10 +112,10 @@ def lm_head(config: Any, *, key: PRNGKeyArray) -> eqx.Module:
 class ClassificationHead(eqx.Module):
     """output(dropout(activation(dense(input_dropout(x))))); without `dense`, output(dropout(x))."""
 
-    input_dropout: eqx.nn.Dropout
+    input_dropout: Dropout
     dense: eqx.Module | None
     activation: Callable | None
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     output: eqx.Module
 
     def __init__(
@@ -132,10 +132,10 @@ class ClassificationHead(eqx.Module):
     ):
         """With an `activation` there is a dense layer before it."""
         dense, output = jax.random.split(key)
-        self.input_dropout = eqx.nn.Dropout(input_rate)
+        self.input_dropout = Dropout(input_rate)
         self.dense = None if activation is None else Linear(embed_dim, embed_dim, init=init, key=dense)
         self.activation = None if activation is None else ACTIVATIONS[activation]
-        self.dropout = eqx.nn.Dropout(rate)
+        self.dropout = Dropout(rate)
         self.output = Linear(embed_dim, labels, use_bias=use_bias, init=init, key=output)
 
     def __call__(

@@ -18,6 +18,7 @@ from ..nn import (
     AbstractCache,
     Attention,
     Cache,
+    Dropout,
     Embedding,
     LayerCache,
     LayerNorm,
@@ -40,7 +41,7 @@ class EncoderEmbedding(eqx.Module):
     positions: eqx.Module
     token_types: eqx.Module | None
     norm: eqx.Module
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     projection: eqx.Module | None
     rule: Literal["index", "after_padding"] = eqx.field(static=True)
     offset: int = eqx.field(static=True)
@@ -55,7 +56,7 @@ class EncoderEmbedding(eqx.Module):
         self.positions = table(config.max_positions, "positions", positions)
         self.token_types = table(config.token_types, "token_types", types) if config.token_types else None
         self.norm = LayerNorm(width, eps=config.norm_eps)
-        self.dropout = eqx.nn.Dropout(config.rate("embedding_dropout"))
+        self.dropout = Dropout(config.rate("embedding_dropout"))
         project = Linear(width, config.embed_dim, init=init, key=jax.random.fold_in(key, 3))
         self.projection = None if width == config.embed_dim else project
         self.rule = config.positions
@@ -128,8 +129,8 @@ class EncoderBlock(eqx.Module):
     attention_norm: eqx.Module
     mlp: eqx.Module
     mlp_norm: eqx.Module
-    attention_output_dropout: eqx.nn.Dropout
-    mlp_output_dropout: eqx.nn.Dropout
+    attention_output_dropout: Dropout
+    mlp_output_dropout: Dropout
 
     def __init__(self, config: EncoderConfig, *, key: PRNGKeyArray):
         attention, mlp = jax.random.split(key)
@@ -145,8 +146,8 @@ class EncoderBlock(eqx.Module):
         self.attention_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim, ACTIVATIONS[config.activation], init=init, key=mlp)
         self.mlp_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.attention_output_dropout = eqx.nn.Dropout(config.rate("attention_output_dropout"))
-        self.mlp_output_dropout = eqx.nn.Dropout(config.dropout)
+        self.attention_output_dropout = Dropout(config.rate("attention_output_dropout"))
+        self.mlp_output_dropout = Dropout(config.dropout)
 
     def __call__(
         self, x: Float[Array, "*axes seq embed_dim"], mask: Mask | None = None, *, key: PRNGKeyArray | None = None

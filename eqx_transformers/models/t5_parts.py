@@ -14,6 +14,7 @@ from ..nn import (
     AbstractCache,
     Attention,
     Cache,
+    Dropout,
     GatedMLP,
     LayerCache,
     Mask,
@@ -68,7 +69,7 @@ class T5Block(eqx.Module):
     mlp_norm: eqx.Module
     mlp: eqx.Module
     bias: eqx.Module | None
-    output_dropout: eqx.nn.Dropout
+    output_dropout: Dropout
 
     def __init__(self, config: T5Config, *, decoder: bool, key: PRNGKeyArray):
         attention, cross, mlp, bias = jax.random.split(key, 4)
@@ -89,7 +90,7 @@ class T5Block(eqx.Module):
             key=mlp,
         )
         self.bias = bias_of(config, decoder=decoder, key=bias) if config.bias_per_layer else None
-        self.output_dropout = eqx.nn.Dropout(config.dropout)
+        self.output_dropout = Dropout(config.dropout)
 
     def __call__(
         self,
@@ -168,8 +169,8 @@ class T5Half(eqx.Module):
     bias: eqx.Module | None
     stack: Stack
     norm: eqx.Module
-    dropout: eqx.nn.Dropout
-    output_dropout: eqx.nn.Dropout
+    dropout: Dropout
+    output_dropout: Dropout
 
     def __init__(self, config: T5Config, *, decoder: bool, key: PRNGKeyArray):
         bias, blocks = jax.random.split(key)
@@ -178,8 +179,8 @@ class T5Half(eqx.Module):
         self.bias = None if config.bias_per_layer else bias_of(config, decoder=decoder, key=bias)
         self.stack = Stack(tuple(block(i) for i in range(depth)))
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.dropout = eqx.nn.Dropout(config.dropout)
-        self.output_dropout = eqx.nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
+        self.output_dropout = Dropout(config.dropout)
 
     def __call__(
         self,

@@ -36,6 +36,7 @@ from .cache import (
     LayerCache as LayerCache,
     MemoryCache as MemoryCache,
 )
+from .dropout import Dropout as Dropout
 from .embedding import Embedding as Embedding
 from .linear import Linear as Linear
 from .mask import Mask as Mask, Places as Places

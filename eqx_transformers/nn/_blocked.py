@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Key, UInt32
+
+from .dropout import keep
 
 # Bytes of tables `seq keys` that exist at once: 1 MiB, what the L2 cache of a server core holds, for each core.
 # Measured with 12 heads of 64 and 128 to 1024 keys: a forward pass is fastest at 1 to 2 MiB, a backward pass (two such
@@ -40,21 +42,6 @@ def seeds(key: Key[Array, ""] | UInt32[Array, "2"], num_heads: int, seq: int) ->
     """One random number for each row of weights; `keep` makes the row's dropout of it, wherever the row is computed."""
     row = lambda head: jax.random.bits(jax.random.fold_in(key, head), (seq,), jnp.uint32)
     return jax.vmap(row)(jnp.arange(num_heads))
-
-
-def keep(seeds: UInt32[Array, "*rows"], rate: Float[Array, ""], keys: int) -> Float[Array, "*rows keys"]:
-    """What dropout multiplies weights with: 0, or 1 / (1 - rate).
-
-    Each weight's random number is a hash of its row's seed and its key's place (multiply and shift until every bit
-    depends on all others): on a CPU, `jax.random` for every weight takes 4 times as long as the attention itself, this
-    a tenth of it.
-    """
-    places = jnp.arange(keys, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)  # 2**32 / golden ratio: spreads neighbours
-    bits = seeds[..., None] ^ places.reshape((1,) * seeds.ndim + (keys,))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons 2018, "Prospecting for Hash Functions"
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    uniform = ((bits ^ (bits >> 16)) >> 8).astype(rate.dtype) * 2**-24
-    return jnp.where(uniform >= rate, 1 / (1 - rate), 0)
 
 
 # ---- the formula on one block

@@ -14,6 +14,7 @@ from . import kernels
 from ._errors import within
 from ._keys import keyed
 from .cache import LayerCache, MemoryCache, keys_first
+from .dropout import Dropout
 from .linear import Linear, fan_in
 from .mask import Mask
 from .positions import Rotation, rotate
@@ -39,7 +40,7 @@ class Attention(eqx.Module):
     key_norm: eqx.Module | None
     attend: Callable
     output_proj: eqx.Module
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     num_heads: int = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
     scale: float | None = eqx.field(static=True)
@@ -92,7 +93,7 @@ class Attention(eqx.Module):
             init = init if output_init is None else output_init
             output_proj = Linear(num_heads * value_dim, embed_dim, use_bias=use_bias, init=init, key=output)
         self.output_proj = output_proj
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.scale = scale

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from . import _blocked
-from ._blocked import floor, keep, wide
+from ._blocked import floor, wide
+from .dropout import keep
 from .mask import Mask
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._errors import within
 from ._keys import keyed
+from .dropout import Dropout
 from .linear import Linear, fan_in
 
 
@@ -17,7 +18,7 @@ class MLP(eqx.Module):
 
     up_proj: eqx.Module
     activation: Callable
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     down_proj: eqx.Module
 
     def __init__(
@@ -36,7 +37,7 @@ class MLP(eqx.Module):
         up, down = jax.random.split(key)
         self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
         self.activation = activation
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         init = init if output_init is None else output_init
         self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
 
@@ -59,7 +60,7 @@ class GatedMLP(eqx.Module):
     gate_proj: eqx.Module
     up_proj: eqx.Module
     activation: Callable
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     down_proj: eqx.Module
 
     def __init__(
@@ -79,7 +80,7 @@ class GatedMLP(eqx.Module):
         self.gate_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=gate)
         self.up_proj = Linear(embed_dim, mlp_dim, use_bias=use_bias, init=init, key=up)
         self.activation = activation
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         init = init if output_init is None else output_init
         self.down_proj = Linear(mlp_dim, embed_dim, use_bias=use_bias, init=init, key=down)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from ..nn._dtypes import wider
 from ..nn._keys import keyed
+from ..nn.dropout import Dropout
 from ..nn.linear import contract
 from ..nn.norm import along
 from ._bases import at_least_float32, matrix
@@ -38,7 +39,7 @@ class LowRank(eqx.Module):
     b_bias: Float[Array, " outputs"] | None
     scale: Float[Array, ""]
     magnitude: Float[Array, " outputs"] | None
-    dropout: eqx.nn.Dropout
+    dropout: Dropout
     salt: UInt32[Array, ""]
     residual: bool = eqx.field(static=True)
 
@@ -59,7 +60,7 @@ class LowRank(eqx.Module):
         self.b_bias = b_bias
         self.scale = jnp.asarray(scale, jnp.float32)
         self.magnitude = magnitude
-        self.dropout = eqx.nn.Dropout(float(dropout))
+        self.dropout = Dropout(float(dropout))
         self.salt = jnp.asarray(salt, jnp.uint32)
         self.residual = residual
 

@@ -28,7 +28,7 @@ from eqx_transformers import (
     save,
     stack,
 )
-from eqx_transformers.nn import kernels
+from eqx_transformers.nn import Dropout, kernels
 from eqx_transformers.skeletons import differences, skeleton
 from eqx_transformers.surgery import leaves_by_path
 from eqx_transformers.training import chunked_cross_entropy, cross_entropy
@@ -160,7 +160,7 @@ def ours_drops(config):
             seen.append(((q.shape[-2], q.shape[0], k.shape[0]), rate, jax.random.key_data(key).tobytes()))
         return kernels.plain(q, k, v, mask, **rest)
 
-    is_site = lambda x: isinstance(x, eqx.nn.Dropout)
+    is_site = lambda x: isinstance(x, Dropout)
     swap = lambda x: Recorder(x.p, seen) if is_site(x) else attend if x is kernels.attend else x
     model = jax.tree.map(swap, filled(skeleton(T5, config)), is_leaf=is_site)
     model(tokens(), tokens(1, TARGET))
